@@ -3,6 +3,8 @@
 Nothing here locks: a ring, and a pool with all its rings, belong to one thread at a time.
 """
 
+from typing import Any
+
 from typing_extensions import Buffer, Self, disjoint_base
 
 READ_BYTES: int
@@ -101,7 +103,7 @@ def pack(
 def pack_raw(header: int, object_id: int, version: int, system_id: int, unix_ms: int, body: bytes) -> bytes:
     """Encode one packet around a body that is already encoded; otherwise as `pack`."""
 
-def unpack(body: bytes, layout: str, exact: bool = False) -> tuple[object, ...] | None:
+def unpack(body: bytes, layout: str, exact: bool = False) -> tuple[Any, ...] | None:
     """Decode the fields of a body; bytes after the last one are ignored unless `exact`.
 
     Strings are decoded with U+FFFD for broken parts, as the C# readers do; where bytes matter (subjects), use `b`, a
@@ -109,10 +111,10 @@ def unpack(body: bytes, layout: str, exact: bool = False) -> tuple[object, ...] 
     formed.
     """
 
-def unpack_strings(body: bytes) -> list[bytes] | None:
-    """All strings of a body up to its end, as bytes; None if the first is not well formed.
+def unpack_strings(body: bytes, at_most: int) -> list[bytes] | None:
+    """Up to `at_most` strings of a body, as bytes; what follows them is ignored.
 
-    A rest that is no string is ignored: a reader that knows fewer fields must not fail over more of them.
+    None if there is none, or one of them is not well formed.
     """
 
 def pack_headers(headers: dict[str, str]) -> bytes:

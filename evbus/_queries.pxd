@@ -1,6 +1,7 @@
 # The pending queries, seen from C.
 #
 # Ownership. A pending_t belongs to the table until query_end frees it; the lists in conn_t (`asking`, `asked`) borrow.
+cimport cython
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 from evbus._frame cimport span
@@ -35,6 +36,7 @@ ctypedef struct pending_t:
     uint8_t data[1]         # wire id, own id, subject
 
 
+@cython.final
 cdef class QueryTable:
     cdef uint64_t key0
     cdef uint64_t key1

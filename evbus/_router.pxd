@@ -1,4 +1,5 @@
 # The server's data plane, seen from C. Bodies and the theory of operation are in _router.pyx.
+cimport cython
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 from evbus._frame cimport ERROR_CODES, Ring, RingPool, envelope_t, packet_t, span
@@ -6,6 +7,7 @@ from evbus._queries cimport QueryTable, pending_t
 from evbus._subjects cimport SubjectTable, conn_t, entry_t, sub_t
 
 
+@cython.final
 cdef class Link:
     cdef conn_t c
     cdef readonly Ring inp
@@ -16,6 +18,7 @@ cdef class Link:
     cdef bint attached
 
 
+@cython.final
 cdef class Interest:
     cdef sub_t sub
     cdef readonly Link link
@@ -24,6 +27,7 @@ cdef class Interest:
     cdef bint active
 
 
+@cython.final
 cdef class Router:
     cdef readonly SubjectTable table
     cdef readonly QueryTable queries

@@ -507,7 +507,7 @@ cdef class Router:
             "queries_pending": self.queries.count, "unknown_packets": self.unknown_packets,
             "early_packets": self.early_packets, "subscriptions": self.table.subscriptions,
             "subjects": self.table.subjects, "errors": {
-                wire.ErrorCode(i).name.lower(): self.errors[i] for i in range(1, ERROR_CODES) if self.errors[i]
+                wire.ErrorCode(i).name.lower(): self.errors[i] for i in range(1, <uint32_t>ERROR_CODES) if self.errors[i]
             },
         }
 

@@ -2,6 +2,7 @@
 #
 # Ownership. A sub_t belongs to its Interest; the table borrows it between table_add and table_remove. An entry_t and its
 # route belong to the table: they are valid until the next add, remove, touch_all or missed lookup.
+cimport cython
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 from evbus._frame cimport DIALECTS, ring_t, span
@@ -96,6 +97,7 @@ cdef int hash_insert(hash_t *table, uint64_t hash, void *item) noexcept nogil
 cdef void hash_remove(hash_t *table, uint64_t hash, void *item) noexcept nogil
 
 
+@cython.final
 cdef class SubjectTable:
     cdef uint64_t key0
     cdef uint64_t key1

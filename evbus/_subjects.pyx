@@ -500,7 +500,7 @@ cdef class SubjectTable:
         route.responder = <sub_t **>p
         p += responders * sizeof(void *)
         route.group = <group_t *>p
-        for i in range(DIALECTS):
+        for i in range(<uint32_t>DIALECTS):
             counts[i + 1] += counts[i]
             route.first[i + 1] = counts[i + 1]
         for i in range(plain):

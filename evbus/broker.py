@@ -1,12 +1,13 @@
 """The server's control plane: handshakes, subscriptions, heartbeats, deadlines, limits and statistics. No I/O.
 
-Theory of operation. The broker owns the data plane (`_router.Router`) and one `Peer` per connection. Its owner (`server.py`,
-or the simulated network of the tests) moves the bytes: it fills a peer's input ring and calls `receive(peer)`, which lets the
-data plane run and handles in between whatever the data plane hands up, so that one connection's packets are handled strictly
-in order. The owner then closes whom `receive` or `take_closing` says, with the reason given, and calls `closed(peer)`.
+Theory of operation. The broker owns the data plane (`_router.Router`) and one `Peer` per connection. Its owner
+(`server.py`, or the simulated network of the tests) moves the bytes: it fills a peer's input ring and calls
+`receive(peer)`, which lets the data plane run and handles in between whatever the data plane hands up, so that one
+connection's packets are handled strictly in order. The owner then closes whom `receive` or `take_closing` says, with
+the reason given, and calls `closed(peer)`.
 
-Time comes in as arguments: `now` is the reactor's clock in seconds, `unix_ms` the wall clock for packet headers. `tick` checks
-everything that depends on time, and says by `next_tick` when it wants to be called again.
+Time comes in as arguments: `now` is the reactor's clock in seconds, `unix_ms` the wall clock for packet headers.
+`tick` checks everything that depends on time, and says by `next_tick` when it wants to be called again.
 
 Threads: one, the owner's. `stats` may be called from any thread.
 """
@@ -18,14 +19,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Final
 
-import msgspec
-
 from evbus import _frame, wire
 from evbus._frame import RingPool
-from evbus._router import FEED_CONTROL, FEED_YIELD, LINK_NEW, LINK_READY, Interest, Link, Router
-from evbus._version import __version__
+from evbus._router import FEED_CONTROL, FEED_YIELD, LINK_NEW, LINK_READY, Link, Router
+from evbus.announcement import read_client_announcement, server_announcement
 from evbus.limits import Limits
+from evbus.peer import Peer
 from evbus.ratelog import RateLimitedLog
+from evbus.reasons import NOTEWORTHY, WORDS
 from evbus.wire import CloseReason, Dialect, ErrorCode, ObjectId, Overflow, Role, Status
 
 __all__ = ["CONTROL_PACKETS_PER_TURN", "YIELD", "Broker", "Peer"]
@@ -33,83 +34,18 @@ __all__ = ["CONTROL_PACKETS_PER_TURN", "YIELD", "Broker", "Peer"]
 #: `Broker.receive` returns this when a peer has used up its share of the turn and must be called again in the next.
 YIELD: Final = -1
 
-#: Control packets (subscribe, heartbeat, ...) of one peer per turn of the loop. They cost Python time, some 5 us each, so a
-#: flood of them must not hold up the other peers (nats-server bounds work per connection for the same reason).
+#: Control packets (subscribe, heartbeat, ...) of one peer per turn of the loop. They cost Python time, some 5 us each,
+#: so a flood of them must not hold up the other peers (nats-server bounds work per connection for the same reason).
 CONTROL_PACKETS_PER_TURN: Final = 256
+
+#: A control packet as the data plane hands it up: object id, version, SystemId, UnixTimeMilliseconds, body.
+_Packet = tuple[int, int, int, int, bytes]
 
 #: Seconds between checks of silence and slowness.
 TICK_S: Final = 1.0
 
 #: A peer that announced evbus is dropped after this many of its own heartbeat intervals without a byte.
 MISSED_HEARTBEATS: Final = 2
-
-#: Bounds of the heartbeat interval that a peer may announce, in seconds.
-HEARTBEAT_RANGE_S: Final = (0.05, 3600.0)
-
-#: A protocol feature per name; a peer uses only what the other side names too.
-FEATURES: Final = ("headers", "receipt", "gap", "goaway", "query_end", "cancel", "error")
-
-#: Close reasons that are news to whoever runs the server; the others are the normal course of things.
-_NOTEWORTHY: Final = frozenset(CloseReason) - {
-    CloseReason.CLIENT_CLOSED,
-    CloseReason.CONNECTION_LOST,
-    CloseReason.SERVER_SHUTDOWN,
-}
-
-
-class _Announcement(msgspec.Struct):
-    """What an evbus client says about itself in the fourth string of its handshake. Unknown keys are ignored."""
-
-    versions: tuple[int, int]
-    name: str = ""
-    client: str = ""
-    heartbeat: float = 5.0
-    features: list[str] = []  # noqa: RUF012  msgspec copies a mutable default
-
-
-class Peer:
-    """One connection, as the control plane knows it."""
-
-    __slots__ = (
-        "address",
-        "connected_at",
-        "handshake_text",
-        "heard_at",
-        "link",
-        "name",
-        "owner",
-        "progress_at",
-        "silence_s",
-        "soft_since",
-        "subscriptions",
-    )
-
-    def __init__(self, address: str, now: float) -> None:
-        self.link: Link
-        self.address = address
-        self.name = ""
-        #: The Message of the answer to its handshake, for the case that it asks again.
-        self.handshake_text = ""
-        #: The owner's object for the connection (its socket and callbacks).
-        self.owner: object = None
-        self.connected_at = now
-        #: When its last byte came.
-        self.heard_at = now
-        #: When the kernel last took a byte of what waits for it.
-        self.progress_at = now
-        #: Since when it is over the soft limit of pending bytes; None while it is not.
-        self.soft_since: float | None = None
-        self.silence_s = 0.0
-        #: By subscription id (version 2) or subject (version 1); None until the first, as most peers never subscribe.
-        self.subscriptions: dict[int | bytes, Interest] | None = None
-
-    @property
-    def is_announced(self) -> bool:
-        """Whether it speaks evbus's own objects."""
-        return self.link.dialect == Dialect.EVBUS_2
-
-    def __repr__(self) -> str:
-        return f"<Peer {self.link.id} {self.address}>"
 
 
 class Broker:
@@ -152,7 +88,7 @@ class Broker:
         #: Peers that the kernel takes nothing from at the moment.
         self._waiting: set[Peer] = set()
         self._next_sweep = now + TICK_S
-        self._handlers: dict[int, Callable[[Peer, int, int, bytes], CloseReason | None]] = {
+        self._handlers: dict[int, Callable[[Peer, _Packet], CloseReason | None]] = {
             ObjectId.HANDSHAKE: self._on_handshake,
             ObjectId.SUBSCRIBE: self._on_subscribe,
             ObjectId.UNSUBSCRIBE: self._on_unsubscribe,
@@ -178,7 +114,7 @@ class Broker:
     def refused(self, reason: CloseReason, address: str) -> None:
         """Count a connection that was closed at once."""
         self.closed_by_reason[reason] += 1
-        self._log.warning(reason.name, self._now, "refused a connection from %s: %s", address, _words(reason))
+        self._log.warning(reason.name, self._now, "refused a connection from %s: %s", address, WORDS[reason])
 
     def opened(self, address: str, flush: Callable[[_frame.Ring], int], now: float) -> Peer:
         """A new connection. The owner fills `peer.link.inp` and calls `receive`.
@@ -215,18 +151,18 @@ class Broker:
             for interest in peer.subscriptions.values():
                 self.router.unsubscribe(interest)
         peer.subscriptions = None
-        if reason in _NOTEWORTHY:
+        if reason in NOTEWORTHY:
             self._log.warning(
                 reason.name,
                 self._now,
                 "closed connection %d (%s): %s%s",
                 link.id,
-                _who(peer),
-                _words(reason),
+                peer.label,
+                WORDS[reason],
                 f"; {link.pending_bytes:,} bytes were waiting for it" if link.pending_bytes else "",
             )
         else:
-            self._log.debug("connection %d (%s) ended: %s%s", link.id, _who(peer), _words(reason), detail)
+            self._log.debug("connection %d (%s) ended: %s%s", link.id, peer.label, WORDS[reason], detail)
         self.router.detach(link)
 
     # ---- packets ---------------------------------------------------------------------------------------------------
@@ -241,16 +177,16 @@ class Broker:
         """Handle what stands in a peer's input ring.
 
         Returns:
-            None: all complete packets are handled. `YIELD`: call again in the next turn, and read nothing from this peer
-            until then. A CloseReason: close the connection.
+            None: all complete packets are handled. `YIELD`: call again in the next turn, and read nothing from this
+            peer until then. A CloseReason: close the connection.
         """
         router = self.router
         link = peer.link
         for _ in range(CONTROL_PACKETS_PER_TURN):
             event = router.feed(link)
             if event == FEED_CONTROL:
-                object_id, version, system_id, _, body = router.take_packet()
-                reason = self._handlers[object_id](peer, version, system_id, body)
+                packet = router.take_packet()
+                reason = self._handlers[packet[0]](peer, packet)
                 if reason is not None:
                     return reason
             elif event == FEED_YIELD:
@@ -261,7 +197,8 @@ class Broker:
                 return None
         return YIELD
 
-    def _on_handshake(self, peer: Peer, version: int, system_id: int, body: bytes) -> CloseReason | None:
+    def _on_handshake(self, peer: Peer, packet: _Packet) -> CloseReason | None:
+        _, _, system_id, _, body = packet
         link = peer.link
         header = link.header_bytes
         if header == wire.HEADER_BYTES_22 and len(body) == 4:
@@ -282,7 +219,7 @@ class Broker:
         else:
             dialect = Dialect.H23_199
             if len(strings) >= 4:
-                announcement = _read_announcement(strings[3])
+                announcement = read_client_announcement(strings[3])
         peer.silence_s = self.limits.silence_s
         if announcement is not None:
             low, high = announcement.versions
@@ -297,34 +234,35 @@ class Broker:
                 return CloseReason.UNSUPPORTED_DIALECT
             dialect = Dialect.EVBUS_2
             peer.name = announcement.name[:128]
-            interval = min(max(announcement.heartbeat, HEARTBEAT_RANGE_S[0]), HEARTBEAT_RANGE_S[1])
-            peer.silence_s = interval * MISSED_HEARTBEATS
-            peer.handshake_text = self._own_announcement(peer, interval)
+            peer.silence_s = announcement.heartbeat * MISSED_HEARTBEATS
+            peer.handshake_text = server_announcement(self.limits, link.id, announcement.heartbeat)
         link.dialect = dialect
         link.packet_limit = self.limits.packet_bytes
         link.state = LINK_READY
         self._handshakes_open -= 1
         self._respond(peer, strings[0], Status.SUCCESS, peer.handshake_text)
-        self._log.debug("connection %d (%s) speaks %s", link.id, _who(peer), dialect.name)
+        self._log.debug("connection %d (%s) speaks %s", link.id, peer.label, dialect.name)
         if self.is_draining:
             self._say_go_away(peer, CloseReason.SERVER_SHUTDOWN)
         return None
 
-    def _on_subscribe(self, peer: Peer, version: int, system_id: int, body: bytes) -> CloseReason | None:
-        sid, role, overflow, group = 0, int(Role.SUBSCRIBER), int(Overflow.CLOSE), b""
+    def _on_subscribe(self, peer: Peer, packet: _Packet) -> CloseReason | None:
+        _, version, _, _, body = packet
         if version == 2:
             fields = _frame.unpack(body, "bbiBBb")
-            if fields is not None:
-                task_id, subject, sid, role, overflow, group = fields
-            valid = fields is not None and sid > 0 and len(group) <= wire.MAX_GROUP_BYTES
         else:
             fields = _frame.unpack(body, "bb")
             if fields is not None:
-                task_id, subject = fields
-            valid = fields is not None
-        if fields is None or not valid or len(task_id) > wire.MAX_TASK_ID_BYTES:
+                fields += (0, int(Role.SUBSCRIBER), int(Overflow.CLOSE), b"")
+        if (
+            fields is None
+            or len(fields[0]) > wire.MAX_TASK_ID_BYTES
+            or (version == 2 and fields[2] <= 0)
+            or len(fields[5]) > wire.MAX_GROUP_BYTES
+        ):
             self.router.refuse(peer.link, self._readable_task_id(body), ErrorCode.MALFORMED)
             return None
+        task_id, subject, sid, role, overflow, group = fields
         if not _frame.subject_is_valid(subject, True):
             self.router.refuse(peer.link, task_id, ErrorCode.INVALID_SUBJECT, subject)
             return None
@@ -352,7 +290,8 @@ class Broker:
         self.router.acknowledge(peer.link, task_id)
         return None
 
-    def _on_unsubscribe(self, peer: Peer, version: int, system_id: int, body: bytes) -> CloseReason | None:
+    def _on_unsubscribe(self, peer: Peer, packet: _Packet) -> CloseReason | None:
+        _, version, _, _, body = packet
         fields = _frame.unpack(body, "bi" if version == 2 else "bb")
         if fields is None or len(fields[0]) > wire.MAX_TASK_ID_BYTES:
             self.router.refuse(peer.link, self._readable_task_id(body), ErrorCode.MALFORMED)
@@ -367,7 +306,8 @@ class Broker:
         self.router.acknowledge(peer.link, task_id)
         return None
 
-    def _on_heartbeat(self, peer: Peer, version: int, system_id: int, body: bytes) -> CloseReason | None:
+    def _on_heartbeat(self, peer: Peer, packet: _Packet) -> CloseReason | None:
+        body = packet[4]
         link = peer.link
         if len(body) < 4:
             self.router.refuse(link, b"", ErrorCode.MALFORMED)
@@ -378,22 +318,22 @@ class Broker:
         self.router.send(link, self._packet(peer, ObjectId.HEARTBEAT, body[:4]))
         return None
 
-    def _on_heartbeat_old(self, peer: Peer, version: int, system_id: int, body: bytes) -> CloseReason | None:
+    def _on_heartbeat_old(self, peer: Peer, _packet: _Packet) -> CloseReason | None:
         self.router.send(peer.link, self._packet(peer, ObjectId.HEARTBEAT_OLD, b""))
         return None
 
-    def _on_error(self, peer: Peer, version: int, system_id: int, body: bytes) -> CloseReason | None:
-        fields = _frame.unpack(body, "bibb")
+    def _on_error(self, peer: Peer, packet: _Packet) -> CloseReason | None:
+        fields = _frame.unpack(packet[4], "bibb")
         if fields is None:
-            self.router.refuse(peer.link, self._readable_task_id(body), ErrorCode.MALFORMED)
+            self.router.refuse(peer.link, self._readable_task_id(packet[4]), ErrorCode.MALFORMED)
             return None
         task_id, code, _, text = fields
         # One that fits no query is counted by the router and no more: it may just have come too late.
         self.router.fail_query(peer.link, task_id, code, text[:1024].decode("utf-8", "replace").encode())
         return None
 
-    def _on_cancel_query(self, peer: Peer, version: int, system_id: int, body: bytes) -> CloseReason | None:
-        fields = _frame.unpack(body, "b")
+    def _on_cancel_query(self, peer: Peer, packet: _Packet) -> CloseReason | None:
+        fields = _frame.unpack(packet[4], "b")
         if fields is None:
             self.router.refuse(peer.link, b"", ErrorCode.MALFORMED)
         else:
@@ -478,7 +418,7 @@ class Broker:
 
     def _say_go_away(self, peer: Peer, reason: CloseReason) -> None:
         if peer.link.state == LINK_READY and peer.is_announced:
-            self.router.send(peer.link, self._pack(peer, ObjectId.GO_AWAY, "iis", int(reason), 0, _words(reason)))
+            self.router.send(peer.link, self._pack(peer, ObjectId.GO_AWAY, "iis", int(reason), 0, WORDS[reason]))
 
     # ---- statistics ------------------------------------------------------------------------------------------------
 
@@ -489,7 +429,7 @@ class Broker:
         out["connections_accepted"] = self.accepted
         out["handshakes_open"] = self._handshakes_open
         out["connections_waiting"] = len(self._waiting)
-        out["closed"] = {reason.name.lower(): count for reason, count in sorted(self.closed_by_reason.items())}
+        out["closed"] = {reason.name.lower(): count for reason, count in sorted(dict(self.closed_by_reason).items())}
         out["undelivered_bytes"] = self.undelivered_bytes
         out["ring_bytes"] = self.pool.held_bytes
         return out
@@ -504,7 +444,7 @@ class Broker:
             return wire.filetime(self._unix_ms)
         return self.router.ticks_system_id
 
-    def _pack(self, peer: Peer, object_id: int, layout: str, *values: object) -> bytes:
+    def _pack(self, peer: Peer, object_id: int, layout: str, *values: str | bytes | int) -> bytes:
         return _frame.pack(
             peer.link.header_bytes, object_id, 1, self._own_system_id(peer), self._unix_ms, layout, *values
         )
@@ -515,74 +455,14 @@ class Broker:
     def _respond(self, peer: Peer, task_id: bytes, status: Status, text: str) -> None:
         self.router.send(peer.link, self._pack(peer, ObjectId.RESPONSE, "sBs", task_id, int(status), text))
 
-    def _own_announcement(self, peer: Peer, heartbeat_s: float) -> str:
-        limits = self.limits
-        facts = {
-            "version": wire.PROTOCOL_VERSION_MAX,
-            "server": f"evbus {__version__}",
-            "connection": peer.link.id,
-            "heartbeat": heartbeat_s,
-            "limits": {
-                "payload": limits.payload_bytes,
-                "packet": limits.packet_bytes,
-                "subject": wire.MAX_SUBJECT_BYTES,
-                "tokens": wire.MAX_SUBJECT_TOKENS,
-                "subscriptions": limits.subscriptions_per_connection,
-                "queries": limits.queries_per_connection,
-            },
-            "features": FEATURES,
-        }
-        return wire.ANNOUNCEMENT_PREFIX + msgspec.json.encode(facts).decode()
-
     @staticmethod
     def _readable_task_id(body: bytes) -> bytes:
         fields = _frame.unpack(body, "b")
-        return fields[0] if fields is not None and len(fields[0]) <= wire.MAX_TASK_ID_BYTES else b""
+        if fields is None or len(fields[0]) > wire.MAX_TASK_ID_BYTES:
+            return b""
+        task_id: bytes = fields[0]
+        return task_id
 
 
 #: Limits of the handshake's strings, in bytes. The announcement is bounded by the packet.
 _HANDSHAKE_LIMITS: Final = (wire.MAX_TASK_ID_BYTES, wire.MAX_TOKEN_BYTES, wire.MAX_CLIENT_ID_BYTES, 1 << 31)
-
-
-def _read_announcement(text: bytes) -> _Announcement | None:
-    """The announcement in the fourth string; None for anything else, which then counts as a version-1 peer."""
-    prefix = wire.ANNOUNCEMENT_PREFIX.encode()
-    if not text.startswith(prefix):
-        return None
-    try:
-        found = msgspec.json.decode(text[len(prefix) :], type=_Announcement)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return None
-    if not 0 < found.heartbeat < float("inf"):
-        return None
-    return found
-
-
-def _who(peer: Peer) -> str:
-    """A peer's name and address for a log line: one line, whatever the peer chose as its name."""
-    return f"{ascii(peer.name)[1:-1]} at {peer.address}" if peer.name else peer.address
-
-
-_WORDS: Final[dict[CloseReason, str]] = {
-    CloseReason.CLIENT_CLOSED: "the peer closed it",
-    CloseReason.CONNECTION_LOST: "the connection was lost",
-    CloseReason.HANDSHAKE_TIMEOUT: "no handshake in time",
-    CloseReason.NOT_EVENT_BUS: "it does not speak this protocol",
-    CloseReason.UNSUPPORTED_DIALECT: "it speaks no version of the protocol that this server knows",
-    CloseReason.PACKET_TOO_LARGE: "it claimed a packet above the limit",
-    CloseReason.PROTOCOL_ERROR: "it claimed a packet shorter than a header",
-    CloseReason.STALE: "silent for too long",
-    CloseReason.SLOW_CONSUMER: "slow consumer, over the hard limit of pending bytes",
-    CloseReason.SLOW_CONSUMER_SOFT: "slow consumer, over the soft limit of pending bytes for too long",
-    CloseReason.WRITE_TIMEOUT: "slow consumer, took nothing for too long",
-    CloseReason.TOO_MANY_CONNECTIONS: "the limit of connections is reached",
-    CloseReason.SERVER_SHUTDOWN: "the server stops",
-    CloseReason.INTERNAL_ERROR: "an internal error",
-    CloseReason.TOO_MANY_HANDSHAKES: "too many connections without a handshake",
-    CloseReason.AUTH_FAILED: "authentication failed",
-}
-
-
-def _words(reason: CloseReason) -> str:
-    return _WORDS[reason]
-

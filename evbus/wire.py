@@ -16,8 +16,8 @@ A body is its fields in order with nothing between them. `string` is an unsigned
 `bytes` is an i32 count followed by the bytes. The tables `BODIES_V1` and `BODIES_V2` below say which fields each object
 has. `_frame.pxd` repeats the numbers for the compiler; a test holds the two files against each other.
 
-Version 1 of objects 1 to 6, 199, 254 and 255 is the protocol of the C# library CodeWF.EventBus.Socket. Version 2 and the
-objects from 1000 up are evbus's own and are sent only to a peer that announced itself (`ANNOUNCEMENT_PREFIX`).
+Version 1 of objects 1 to 6, 199, 254 and 255 is the protocol of the C# library CodeWF.EventBus.Socket. Version 2 and
+the objects from 1000 up are evbus's own and are sent only to a peer that announced itself (`ANNOUNCEMENT_PREFIX`).
 """
 
 from __future__ import annotations
@@ -294,7 +294,9 @@ BODIES_V2: dict[ObjectId, tuple[_Field, ...]] = {
 
 
 def filetime(unix_ms: int) -> int:
-    """The Windows FILETIME (100 ns since 1601-01-01 UTC) of a Unix time in milliseconds: SystemId of servers up to 1.1."""
+    """The Windows FILETIME (100 ns since 1601-01-01 UTC) of a Unix time in milliseconds: SystemId of servers up to
+    1.1.
+    """
     return (unix_ms + FILETIME_EPOCH_MS) * 10_000
 
 

@@ -1,0 +1,71 @@
+"""The announcement: what an evbus client and an evbus server say of themselves in the strings that C# peers do not
+read.
+
+A client's fourth handshake string, and the Message of a server's answer to it, are `wire.ANNOUNCEMENT_PREFIX` and one
+JSON object. Unknown keys are ignored on both sides, so that either can say more later.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from evbus import wire
+from evbus._version import __version__
+from evbus.limits import Limits
+
+__all__ = ["FEATURES", "HEARTBEAT_RANGE_S", "ClientAnnouncement", "read_client_announcement", "server_announcement"]
+
+#: A protocol feature per name; a peer uses only what the other side names too.
+FEATURES: Final = ("headers", "receipt", "gap", "goaway", "query_end", "cancel", "error")
+
+#: Bounds of the heartbeat interval that a client may announce, in seconds.
+HEARTBEAT_RANGE_S: Final = (0.05, 3600.0)
+
+
+class ClientAnnouncement(msgspec.Struct):
+    """What an evbus client says about itself."""
+
+    versions: tuple[int, int]
+    """Lowest and highest protocol version."""
+    name: str = ""
+    client: str = ""
+    heartbeat: float = 5.0
+    """Seconds between its heartbeats."""
+    features: list[str] = []
+
+
+def read_client_announcement(text: bytes) -> ClientAnnouncement | None:
+    """The announcement in a handshake's fourth string; None for anything else: a version-1 peer."""
+    prefix = wire.ANNOUNCEMENT_PREFIX.encode()
+    if not text.startswith(prefix):
+        return None
+    try:
+        found = msgspec.json.decode(text[len(prefix) :], type=ClientAnnouncement)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    if not 0 < found.heartbeat < float("inf"):
+        return None
+    found.heartbeat = min(max(found.heartbeat, HEARTBEAT_RANGE_S[0]), HEARTBEAT_RANGE_S[1])
+    return found
+
+
+def server_announcement(limits: Limits, connection: int, heartbeat_s: float) -> str:
+    """The Message of a server's answer to a client that announced itself."""
+    facts = {
+        "version": wire.PROTOCOL_VERSION_MAX,
+        "server": f"evbus {__version__}",
+        "connection": connection,
+        "heartbeat": heartbeat_s,
+        "limits": {
+            "payload": limits.payload_bytes,
+            "packet": limits.packet_bytes,
+            "subject": wire.MAX_SUBJECT_BYTES,
+            "tokens": wire.MAX_SUBJECT_TOKENS,
+            "subscriptions": limits.subscriptions_per_connection,
+            "queries": limits.queries_per_connection,
+        },
+        "features": FEATURES,
+    }
+    return wire.ANNOUNCEMENT_PREFIX + msgspec.json.encode(facts).decode()
