@@ -1,0 +1,1 @@
+"""Benches of evbus: `python -m bench throughput`. What the figures mean stands in bench/README.md."""
