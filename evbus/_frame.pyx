@@ -13,6 +13,7 @@ Threads. Nothing here locks. A ring, and a pool with all its rings, belong to on
 the interpreter lock from beginning to end.
 """
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stdlib cimport free, malloc, realloc
@@ -75,10 +76,10 @@ cdef int ring_reserve(ring_t *ring, size_t room) noexcept nogil:
     # Makes room for that many more bytes. Returns -1 when memory is short; the ring is then as before.
     cdef size_t need = ring.size + room, cap = ring.cap, wrapped
     cdef uint8_t *buf
-    if need <= cap:
-        return 0
     if need < room or need > (<size_t>1 << 62):
         return -1
+    if need <= cap:
+        return 0
     if cap == 0:
         cap = SMALLEST_BLOCK
     while cap < need:
@@ -181,6 +182,8 @@ cdef void ring_fit(ring_t *ring) noexcept nogil:
     cap = SMALLEST_BLOCK
     while cap < ring.size:
         cap <<= 1
+    if cap == ring.cap:
+        return
     buf = block_take(ring.pool, cap)
     if buf is NULL:
         return
@@ -524,6 +527,7 @@ cdef class RingPool:
         return self.pool.kept
 
 
+@cython.no_gc
 cdef class Ring:
     """A byte queue over a pooled block of memory; see the module's docstring for ownership and threads.
 
@@ -551,6 +555,10 @@ cdef class Ring:
     def write(self, data):
         """Append bytes (any contiguous buffer). Raises MemoryError when they find no room; nothing is then written."""
         cdef const uint8_t[::1] view
+        if data is None:
+            raise TypeError("a ring takes bytes, not None")
+        if ring_settle(&self.ring) < 0:
+            raise MemoryError
         if type(data) is bytes:
             if ring_put(&self.ring, PyBytes_AS_STRING(data), <size_t>PyBytes_GET_SIZE(data)) < 0:
                 raise MemoryError
@@ -617,6 +625,15 @@ cdef inline const uint8_t *text_of(object value, uint32_t *size) except NULL:
     return <const uint8_t *>p
 
 
+cdef int check_header(uint32_t header, uint32_t object_id, uint32_t version) except -1:
+    if header != HEADER_22 and header != HEADER_23:
+        raise ValueError("a header has 22 or 23 bytes")
+    cdef uint32_t highest = 255 if header == HEADER_22 else 65535
+    if version > 255:
+        raise ValueError(f"object version {version} does not fit its byte")
+    return 0
+
+
 cdef bytes pack_packet(uint32_t header, uint32_t object_id, uint32_t version, int64_t system_id, int64_t unix_ms,
                        str layout, tuple values):
     cdef size_t total = header
@@ -626,10 +643,7 @@ cdef bytes pack_packet(uint32_t header, uint32_t object_id, uint32_t version, in
     cdef Py_UCS4 kind
     if len(layout) != len(values):
         raise TypeError(f"{len(layout)} fields, {len(values)} values")
-    if header != HEADER_22 and header != HEADER_23:
-        raise ValueError("a header has 22 or 23 bytes")
-    if header == HEADER_22 and object_id > 255:
-        raise ValueError("the 22-byte header has room for object ids up to 255 only")
+    check_header(header, object_id, version)
     for i in range(len(layout)):
         kind = layout[i]
         if kind == "s":
@@ -685,8 +699,7 @@ def pack_raw(uint32_t header, uint32_t object_id, uint32_t version, int64_t syst
     """Encode one packet around a body that is already encoded; otherwise as `pack`."""
     cdef Py_ssize_t size = PyBytes_GET_SIZE(body)
     cdef uint8_t *p
-    if header != HEADER_22 and header != HEADER_23:
-        raise ValueError("a header has 22 or 23 bytes")
+    check_header(header, object_id, version)
     if size > 0x7fffffff - HEADER_23:
         raise OverflowError("a packet is longer than 2^31 - 1 bytes")
     out = PyBytes_FromStringAndSize(NULL, header + size)
@@ -817,7 +830,7 @@ def detect_layout(Ring ring, uint32_t limit):
 
 
 def next_packet(Ring ring, uint32_t header, uint32_t limit):
-    """Take the next complete packet from a ring.
+    """Take the next complete packet from a ring. An emptied ring keeps its block until `fit`.
 
     Returns:
         (object_id, version, system_id, unix_ms, body), or None while the packet is incomplete.

@@ -1,10 +1,10 @@
 # cython: language_level=3, boundscheck=True, wraparound=False, cdivision=True, initializedcheck=False
-"""System calls between sockets and rings: `fill` reads once, `flush` writes once, both without the interpreter lock.
+"""System calls between sockets and rings: `fill` reads once, `flush` writes once, without the interpreter lock.
 
 The sockets are nonblocking and are given by number. What differs between systems is in `_io_shim.h`.
 
-Threads. While the lock is released the ring's memory is in use, so a ring must be touched by one thread only, as `_frame`
-demands anyway.
+Threads. While the lock is released the ring's memory is in use, so a ring must be touched by one thread only, as
+`_frame` demands anyway.
 """
 
 import os
@@ -29,8 +29,8 @@ cdef extern from "_io_shim.h" nogil:
     int64_t evbus_send(int64_t fd, evbus_iov_t *iov, int *error) noexcept
 
 
-#: One `flush` hands at most this much to the system: a receiver that drains as fast as we write could otherwise hold the
-#: loop for as long as the queue is deep. More than the socket buffers of common systems, so it costs no extra calls.
+#: One `flush` hands at most this much to the system: a receiver that drains as fast as we write could otherwise hold
+#: the loop for as long as the queue is deep. More than common systems buffer per socket, so it costs no extra calls.
 WRITE_BYTES = 4 * 1024 * 1024
 cdef size_t WRITE_MOST = 4 * 1024 * 1024
 cdef size_t READ_MOST = <size_t>_frame.READ_BYTES
@@ -54,8 +54,8 @@ def fill(int64_t fd, Ring ring not None, size_t limit):
         limit: largest packet that may have to lie in the ring; the ring does not grow beyond it and one read.
 
     Returns:
-        The number of bytes read; 0 at the end of the stream; -1 if nothing can be read now, be it because the socket has
-        nothing or because the ring is full (then the owner must take packets out of it first).
+        The number of bytes read; 0 at the end of the stream; -1 if nothing can be read now, be it because the socket
+        has nothing or because the ring is full (then the owner must take packets out of it first).
 
     Raises:
         OSError: the connection is broken, as its subclass (ConnectionResetError, ...).
@@ -88,16 +88,16 @@ def fill(int64_t fd, Ring ring not None, size_t limit):
 def flush(int64_t fd, Ring ring not None):
     """Write once from a ring to a socket: its bytes and the segment lent to it, in one system call.
 
-    What the system does not take of a lent segment is copied into the ring, so that afterwards nothing is lent: the owner
-    of the segment is free to move it.
+    What the system does not take of a lent segment is copied into the ring, so that afterwards nothing is lent: the
+    owner of the segment is free to move it.
 
     Args:
         fd: number of a nonblocking socket.
         ring: its bytes leave it from the front.
 
     Returns:
-        The number of bytes left in the ring. 0: all gone, and the ring holds no memory. As many as before: the socket takes
-        nothing now. In between: the socket took a part, or `WRITE_BYTES` were reached.
+        The number of bytes left in the ring. 0: all gone, and the ring holds no memory. As many as before: the socket
+        takes nothing now. In between: the socket took a part, or `WRITE_BYTES` were reached.
 
     Raises:
         OSError: the connection is broken, as its subclass (BrokenPipeError, ConnectionResetError, ...).

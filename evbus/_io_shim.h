@@ -1,8 +1,8 @@
-/* The only place with system calls of its own: one read and one gathered write on a socket, the same on POSIX and Winsock.
+/* The only place with system calls of its own: one read and one gathered write on a socket, alike on POSIX and Winsock.
  *
- * Both return the number of bytes (0 from a read is the end of the stream), EVBUS_WOULD_BLOCK if the socket is not ready, or
- * EVBUS_FAILED with the system's error number in *error. An interrupted call is made again. They touch no Python object,
- * so that they are called without the interpreter lock.
+ * Both return the number of bytes (0 from a read is the end of the stream), EVBUS_WOULD_BLOCK if the socket is not
+ * ready, or EVBUS_FAILED with the system's error number in *error. An interrupted call is made again. They touch no
+ * Python object, so that they are called without the interpreter lock.
  */
 #ifndef EVBUS_IO_SHIM_H
 #define EVBUS_IO_SHIM_H

@@ -13,10 +13,8 @@ next turn, which then does not block. So a callback that re-arms itself without 
 else, and no phase can starve another. How much a descriptor's callback does is for its owner to bound (one read, one
 write).
 
-**Waiting.** The default is `select.epoll` used directly, where the system has it. `selectors.EpollSelector` wraps the
-same object but makes a list of `SelectorKey`s from each answer, which costs more than all the rest of a turn with one
-ready descriptor. Any `selectors.BaseSelector` can be given instead (other systems, tests, the simulated network).
-Readiness is level-triggered: a callback that leaves bytes behind is called again in the next turn.
+**Waiting.** Any `selectors.BaseSelector` will do; the default is the system's best (epoll, kqueue). Readiness is
+level-triggered: a callback that leaves bytes behind is called again in the next turn.
 
 **Registration.** One record per descriptor number holds the interest and the callback, so `modify` is one comparison
 when nothing changes. Interest 0 takes the descriptor out of the selector (epoll would go on to report errors and
@@ -46,10 +44,8 @@ from __future__ import annotations
 import heapq
 import logging
 import math
-import select
 import selectors
 import socket
-import sys
 import time
 from collections import deque
 from contextlib import suppress
@@ -174,82 +170,6 @@ class _Watch:
         self.turn = turn  # in which it was registered
 
 
-class _Poller(Protocol):
-    """What the loop needs of a selector. `poll` gives (descriptor, bits); `masks[bits & 31]` are the events meant."""
-
-    masks: tuple[int, ...]
-
-    def add(self, fd: int, events: int) -> None: ...
-    def change(self, fd: int, events: int) -> None: ...
-    def remove(self, fd: int) -> None: ...
-    def poll(self, timeout: float | None) -> list[tuple[int, int]]: ...
-    def close(self) -> None: ...
-
-
-class _SelectorPoller:
-    """Any selector of the standard library or of a test."""
-
-    masks: tuple[int, ...] = (0, EVENT_READ, EVENT_WRITE, EVENT_READ | EVENT_WRITE) * 8
-
-    def __init__(self, selector: selectors.BaseSelector) -> None:
-        self._selector = selector
-
-    def add(self, fd: int, events: int) -> None:
-        self._selector.register(fd, events)
-
-    def change(self, fd: int, events: int) -> None:
-        self._selector.modify(fd, events)
-
-    def remove(self, fd: int) -> None:
-        self._selector.unregister(fd)
-
-    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
-        return [(key.fd, events) for key, events in self._selector.select(timeout)]
-
-    def close(self) -> None:
-        self._selector.close()
-
-
-if sys.platform == "linux":
-    _EPOLL_EVENTS = (0, select.EPOLLIN, select.EPOLLOUT, select.EPOLLIN | select.EPOLLOUT)
-
-    class _EpollPoller:
-        """select.epoll without the SelectorKeys."""
-
-        # Errors and hang-ups are for whoever asked for anything: the next read or write tells them what happened.
-        masks: tuple[int, ...] = tuple(
-            EVENT_READ | EVENT_WRITE
-            if bits & (select.EPOLLERR | select.EPOLLHUP)
-            else (EVENT_READ if bits & (select.EPOLLIN | select.EPOLLPRI) else 0)
-            | (EVENT_WRITE if bits & select.EPOLLOUT else 0)
-            for bits in range(32)
-        )
-
-        def __init__(self) -> None:
-            self._epoll = select.epoll()
-            self.poll = self._epoll.poll  # one call less per turn
-
-        def add(self, fd: int, events: int) -> None:
-            self._epoll.register(fd, _EPOLL_EVENTS[events])
-
-        def change(self, fd: int, events: int) -> None:
-            self._epoll.modify(fd, _EPOLL_EVENTS[events])
-
-        def remove(self, fd: int) -> None:
-            with suppress(OSError):  # closed before: the system has forgotten it
-                self._epoll.unregister(fd)
-
-        def close(self) -> None:
-            self._epoll.close()
-
-    def _default_poller() -> _Poller:
-        return _EpollPoller()
-else:
-
-    def _default_poller() -> _Poller:
-        return _SelectorPoller(selectors.DefaultSelector())
-
-
 class Reactor:
     """An event loop on one thread; see the module's docstring.
 
@@ -298,7 +218,7 @@ class Reactor:
         self._woken = 0
         self._log_window = -math.inf
         self._logged = 0
-        self._poller = _default_poller() if selector is None else _SelectorPoller(selector)
+        self._selector = selector if selector is not None else selectors.DefaultSelector()
         self._waker: Waker = wakeup if wakeup is not None else SocketWaker()
         if self._waker.fileno() >= 0:
             self.register(self._waker.fileno(), EVENT_READ, self._on_wake)
@@ -363,7 +283,7 @@ class Reactor:
         if not 0 <= events <= 3:
             raise ValueError(f"not a mask of events: {events!r}")
         if events:
-            self._poller.add(fd, events)
+            self._selector.register(fd, events)
         self._watches[fd] = _Watch(fileobj, events, callback, self.turns if self._in_turn else -1)
 
     def modify(self, fileobj: FileLike, events: int) -> None:
@@ -380,11 +300,11 @@ class Reactor:
         if not 0 <= events <= 3:
             raise ValueError(f"not a mask of events: {events!r}")
         if not before:
-            self._poller.add(fd, events)
+            self._selector.register(fd, events)
         elif events:
-            self._poller.change(fd, events)
+            self._selector.modify(fd, events)
         else:
-            self._poller.remove(fd)
+            self._selector.unregister(fd)
         watch.events = events
 
     def unregister(self, fileobj: FileLike) -> None:
@@ -398,7 +318,7 @@ class Reactor:
             fd = next((n for n, watch in self._watches.items() if watch.fileobj is fileobj), -1)
         watch = self._watches.pop(fd)
         if watch.events:
-            self._poller.remove(fd)
+            self._selector.unregister(fd)
 
     def registered(self, fileobj: FileLike) -> int | None:
         """The events a descriptor waits for now; None if it is not registered."""
@@ -440,6 +360,14 @@ class Reactor:
     def _on_wake(self, _mask: int) -> None:
         self._waker.drain()
 
+    @property
+    def has_work(self) -> bool:
+        """Whether a turn would find something to do besides descriptors: a call, or a timer that is due."""
+        if self._soon or self._ending or self._inbox:
+            return True
+        due = self.next_timer() if self._heap else None
+        return due is not None and due <= self.now()
+
     # ---- turns ---------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -469,7 +397,7 @@ class Reactor:
         self.turns = turn = self.turns + 1
         soon = self._soon
         if soon or self._ending:
-            events = self._poller.poll(0)
+            events = self._selector.select(0)
         else:
             if self._heap:
                 due = self.next_timer()
@@ -481,7 +409,7 @@ class Reactor:
             if self._inbox or self._stopping or (timeout is not None and timeout < 0):
                 timeout = 0
             try:
-                events = self._poller.poll(timeout)
+                events = self._selector.select(timeout)
             finally:
                 self._asleep = 0
         self._now = now = self._clock()
@@ -502,14 +430,13 @@ class Reactor:
         finally:
             self._in_turn = False
 
-    def _dispatch(self, events: list[tuple[int, int]], turn: int) -> None:
+    def _dispatch(self, events: list[tuple[selectors.SelectorKey, int]], turn: int) -> None:
         watches = self._watches
-        masks = self._poller.masks
-        for fd, bits in events:
-            watch = watches.get(fd)
+        for key, ready in events:
+            watch = watches.get(key.fd)
             if watch is None or watch.turn == turn:
                 continue  # closed, or another one by now
-            mask = masks[bits & 31] & watch.events
+            mask = ready & watch.events
             if mask:
                 try:
                     watch.callback(mask)
@@ -562,10 +489,10 @@ class Reactor:
         """Free the selector and the waker. Registered descriptors stay open; timers and calls are forgotten.
 
         Raises:
-            RuntimeError: called by a callback; `stop` the loop first.
+            RuntimeError: the loop runs, here or on another thread; `stop` it first.
         """
-        if self._in_turn:
-            raise RuntimeError("a callback cannot close the loop it is called by; stop it first")
+        if self._in_turn or self._asleep:
+            raise RuntimeError("a loop that runs cannot be closed; stop it first")
         if self._closed:
             return
         self._closed = True
@@ -575,7 +502,7 @@ class Reactor:
         self._soon.clear()
         self._ending.clear()
         self._inbox.clear()
-        self._poller.close()
+        self._selector.close()
         self._waker.close()
 
     def __enter__(self) -> Reactor:

@@ -73,6 +73,9 @@ class _Connection:
             except OSError as error:
                 core.close(peer, CloseReason.CONNECTION_LOST, f" ({error.strerror or error})")
                 return
+            except MemoryError:
+                core.close(peer, CloseReason.INTERNAL_ERROR, " (no memory to read into)")
+                return
             if got == 0:
                 core.close(peer, CloseReason.CLIENT_CLOSED)
                 return
@@ -297,7 +300,7 @@ class _Farewell:
     def on_ready(self, _mask: int) -> None:
         try:
             got = self.transport.fill(self.ring, _LINGER_BYTES)
-        except OSError:
+        except (OSError, MemoryError):
             got = 0
         self.ring.clear()
         self.left -= max(got, 0)
