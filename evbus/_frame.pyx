@@ -626,11 +626,13 @@ cdef inline const uint8_t *text_of(object value, uint32_t *size) except NULL:
 
 
 cdef int check_header(uint32_t header, uint32_t object_id, uint32_t version) except -1:
+    cdef uint32_t highest = 255 if header == HEADER_22 else 65535
     if header != HEADER_22 and header != HEADER_23:
         raise ValueError("a header has 22 or 23 bytes")
-    cdef uint32_t highest = 255 if header == HEADER_22 else 65535
+    if object_id > highest:
+        raise ValueError(f"object id {object_id} is above {highest}, the highest that a header of {header} bytes holds")
     if version > 255:
-        raise ValueError(f"object version {version} does not fit its byte")
+        raise ValueError(f"object version {version} is above 255")
     return 0
 
 
