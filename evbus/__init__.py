@@ -1,0 +1,118 @@
+"""evbus: a distributed event bus over plain TCP that needs no message broker.
+
+::
+
+    import evbus
+
+    with evbus.EventServer(), evbus.EventClient() as bus:
+        bus.subscribe("greeting", lambda text: print(text), type=str)
+        bus.publish("greeting", "hello")
+
+Importing the package costs next to nothing: a name's module is loaded when the name is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from evbus._version import __version__
+
+if TYPE_CHECKING:
+    from evbus.client import EventClient, connect
+    from evbus.errors import (
+        AuthError,
+        BufferFullError,
+        ClientClosedError,
+        CodecError,
+        ConfigError,
+        ConfirmTimeoutError,
+        ConnectError,
+        ConnectionLostError,
+        EvbusError,
+        InvalidSubjectError,
+        LimitError,
+        NoRespondersError,
+        NotConnectedError,
+        NotEventServerError,
+        PayloadTooLargeError,
+        PermissionDeniedError,
+        ProtocolError,
+        QueryError,
+        QueryTimeoutError,
+        RefusedError,
+        RemoteError,
+        ResponderLostError,
+        ServerStartError,
+        SlowConsumerError,
+    )
+    from evbus.limits import UNLIMITED, Limits
+    from evbus.message import ClientStats, ConnectStatus, Message, Receipt
+    from evbus.options import ClientLimits
+    from evbus.server import EventServer
+    from evbus.subscription import Subscription
+
+__all__ = [
+    "UNLIMITED",
+    "AuthError",
+    "BufferFullError",
+    "ClientClosedError",
+    "ClientLimits",
+    "ClientStats",
+    "CodecError",
+    "ConfigError",
+    "ConfirmTimeoutError",
+    "ConnectError",
+    "ConnectStatus",
+    "ConnectionLostError",
+    "EvbusError",
+    "EventClient",
+    "EventServer",
+    "InvalidSubjectError",
+    "LimitError",
+    "Limits",
+    "Message",
+    "NoRespondersError",
+    "NotConnectedError",
+    "NotEventServerError",
+    "PayloadTooLargeError",
+    "PermissionDeniedError",
+    "ProtocolError",
+    "QueryError",
+    "QueryTimeoutError",
+    "Receipt",
+    "RefusedError",
+    "RemoteError",
+    "ResponderLostError",
+    "ServerStartError",
+    "SlowConsumerError",
+    "Subscription",
+    "__version__",
+    "connect",
+]
+
+_HOMES = {
+    "ClientLimits": "options",
+    "ClientStats": "message",
+    "ConnectStatus": "message",
+    "EventClient": "client",
+    "EventServer": "server",
+    "Limits": "limits",
+    "Message": "message",
+    "Receipt": "message",
+    "Subscription": "subscription",
+    "UNLIMITED": "limits",
+    "connect": "client",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"evbus.{_HOMES.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

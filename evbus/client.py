@@ -1,0 +1,528 @@
+"""The synchronous client: a thin shell that waits and wakes. What is said and heard is the session's business.
+
+Threads. One thread per connected client moves bytes and runs no user code. Handlers and callbacks run on worker
+threads, one per subscription that has something to do; idle ones go after some seconds. All threads are daemons.
+
+A client does not survive `os.fork()`: connect in the process that uses it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, TypeVar, overload
+
+from evbus._clock import SystemClock
+from evbus._inbox import Waiter
+from evbus._message import Message
+from evbus.correlation import Notify
+from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, check_address, dial_tcp, parse_url
+from evbus.errors import ClientClosedError, CodecError, EvbusError
+from evbus.io_thread import IoThread
+from evbus.message import ClientStats, ConnectStatus, Receipt
+from evbus.options import ClientLimits, SessionOptions, check_timeout
+from evbus.payload import OMITTED, codec_from_name, encode, make_decoder
+from evbus.plan import Interest
+from evbus.reports import Reports
+from evbus.session import MAX_QUERY_S, Session
+from evbus.signatures import Handler
+from evbus.subscription import Subscription, Wishes
+from evbus.waiting import Waiting
+from evbus.wire import Codec
+from evbus.workers import SerialQueue, WorkerPool
+
+__all__ = ["EventClient", "connect"]
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+_log = logging.getLogger("evbus.client")
+
+_BYTES = int(Codec.BYTES)
+# What an interpreter that ends without `disconnect` gives the last messages of a client.
+_LAST_FLUSH_S = 1.0
+# What stands for "no limit" where the time has to be counted.
+_LONG_S = 3600.0 * 24 * 365
+
+_open_clients: weakref.WeakSet[EventClient] = weakref.WeakSet()
+
+
+class EventClient:
+    """A client of an event bus server.
+
+    ::
+
+        with EventClient("127.0.0.1", 9100) as bus:
+            bus.publish("email.new", Email("hello", "..."))
+
+    Args:
+        host, port: the server's.
+        name: what the server calls this client in its logs.
+        auth: the token that the server asks for.
+        codec: "msgpack" or "json", for structured values; bytes and str go as they are.
+        heartbeat: seconds between heartbeats. A server silent for twice as long is taken for lost.
+        limits: what this client keeps in memory, and takes from a server.
+        on_error: `on_error(error, message)` gets what no call can raise: a handler's exception (with the message it was
+            given), an error the server reports, a lost connection (with None).
+        on_status: `on_status(status)` gets each change of `status`.
+
+    Both callbacks run one call at a time, in order, on a worker thread, except that handlers' errors are told on the
+    handler's own thread.
+
+    Raises:
+        ConfigError: an option makes no sense.
+
+    Every method may be called from any thread, and from handlers and callbacks.
+    """
+
+    def __init__(
+        self,
+        host: str = DEFAULT_HOST,
+        port: int = DEFAULT_PORT,
+        *,
+        name: str | None = None,
+        auth: str | None = None,
+        codec: str = "msgpack",
+        heartbeat: float = 5.0,
+        limits: ClientLimits | None = None,
+        on_error: Callable[[BaseException, Message | None], object] | None = None,
+        on_status: Callable[[ConnectStatus], object] | None = None,
+    ) -> None:
+        self._where = check_address(host, port)
+        self._options = SessionOptions(
+            name=name if name is not None else "",
+            token=auth if auth is not None else "",
+            heartbeat_s=heartbeat,
+            codec=codec_from_name(codec),
+            limits=limits if limits is not None else ClientLimits(),
+        )
+        self._pool = WorkerPool("evbus-worker")
+        reports = Reports(SerialQueue(self._pool).post, on_error, on_status)
+        self._session = Session(self._options, SystemClock(), reports, lock=threading.RLock())
+        self._session.address = str(self._where)
+        self._waiting = Waiting(self._session)
+        self._session.answers.send = lambda sending: self._waiting.push(sending, None)
+        self._pack_event = self._session.outbox.pack_event
+        self._io = IoThread(self._session)
+        self._life = threading.RLock()  # connect and disconnect, one at a time
+        self._subscriptions: dict[Interest, Subscription] = {}
+
+    # ---- connecting --------------------------------------------------------------------------------------------------
+
+    def connect(self, timeout: float = 3.0) -> EventClient:
+        """Connect, and restore the subscriptions made before. Returns the client itself; nothing happens if it is
+        connected already.
+
+        Args:
+            timeout: seconds for all of it.
+
+        Raises:
+            ConnectError: the server cannot be reached.
+            NotEventServerError: something answered, but no event server.
+            AuthError: the server refused the credentials.
+            ClientClosedError: the client was disconnected; make a new one.
+        """
+        seconds = check_timeout(timeout) or _LONG_S
+        with self._life:
+            if self.status is ConnectStatus.CLOSED:
+                raise ClientClosedError("connect")
+            if self._session.is_connected:
+                return self
+            deadline = time.monotonic() + seconds
+            self._session.set_status(ConnectStatus.CONNECTING)
+            try:
+                core = self._io.start()
+                transport = dial_tcp(self._where, seconds)
+                left = max(deadline - time.monotonic(), 0.01)
+                # The session keeps the deadline; what comes on top is for a thread that stands still.
+                self._waiting.outcome(
+                    lambda notify: self._io.call(lambda: core.attach(transport, left, notify)), left + 5.0
+                )
+            except BaseException as exc:
+                self._io.stop()
+                self._session.connect_failed(exc)
+                raise
+            _open_clients.add(self)
+        return self
+
+    def disconnect(self, drain: bool = True, timeout: float = 5.0) -> None:
+        """Close the client for good; another one must be made to connect again. Again: nothing happens.
+
+        Args:
+            drain: finish what was begun: no more messages are taken in, handlers finish those that wait, and the server
+                takes everything published. False: whatever waits is discarded.
+            timeout: seconds for the drain; what was not finished by then is logged and discarded.
+
+        A handler may call it; it does not wait for itself.
+        """
+        seconds = check_timeout(timeout, zero=True)
+        if self._session.is_closing:  # by another thread, or by the one whose handler this is
+            return
+        with self._life:
+            if self._session.is_closing:
+                return
+            if drain and self._session.is_connected:
+                self._drain(time.monotonic() + (_LONG_S if seconds is None else seconds))
+            self._session.set_status(ConnectStatus.CLOSED)
+            self._io.stop()
+            for interest, subscription in list(self._subscriptions.items()):
+                self._session.unsubscribe(interest)
+                subscription._ended()
+            self._subscriptions.clear()
+            self._pool.close()
+            _open_clients.discard(self)
+
+    def _drain(self, deadline: float) -> None:
+        with suppress(EvbusError):  # no time left, or no connection: then there is nothing more to do
+            self._waiting.outcome(self._session.drain, deadline - time.monotonic())
+            if not self._pool.wait_idle(deadline - time.monotonic()):
+                _log.warning(
+                    "closing with %d messages unhandled, as handlers did not finish in time",
+                    self._session.stats().pending_msgs,
+                )
+            self._waiting.outcome(self._session.flush, deadline - time.monotonic())
+
+    @property
+    def status(self) -> ConnectStatus:
+        """Where the connection stands."""
+        return self._session.status
+
+    @property
+    def address(self) -> str:
+        """The server's address, as "host:port"."""
+        return str(self._where)
+
+    def stats(self) -> ClientStats:
+        """Counters since the client was made, and what waits now."""
+        return self._session.stats()
+
+    def rtt(self, timeout: float | None = 3.0) -> float:
+        """Seconds that the server takes to answer, everything sent before included.
+
+        Raises:
+            ConfirmTimeoutError: it did not answer in time.
+            NotConnectedError, ConnectionLostError: no connection, or none any more.
+        """
+        begun = time.perf_counter()
+        self._waiting.outcome(self._session.flush, check_timeout(timeout))
+        return time.perf_counter() - begun
+
+    def __enter__(self) -> EventClient:
+        return self.connect()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.disconnect()
+
+    def __repr__(self) -> str:
+        return f"<EventClient of {self._where}, {self.status.value}>"
+
+    # ---- subscribing -------------------------------------------------------------------------------------------------
+
+    def subscribe(
+        self,
+        subject: str,
+        handler: Handler | None = None,
+        *,
+        type: Any = None,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+    ) -> Subscription:
+        """Subscribe to a subject, or a pattern: `*` stands for one token, a final `>` for one or more.
+
+        On a connected client the subscription is active when this returns. Otherwise it becomes active with `connect`.
+
+        Args:
+            handler: called with each message, in order, on a worker thread. Its first parameter decides what it gets:
+                the payload decoded into the type it is annotated with, or the `Message` if it has no annotation. If the
+                message is a query, a value that it returns, or publishes on the query's subject meanwhile, is the
+                answer. Without a handler, iterate over the subscription.
+            type: what the handler gets, instead of what its annotation says.
+            group: each message goes to one member of the group.
+            concurrency: how many messages are handled at the same time; more than 1 gives up their order.
+            max_pending_msgs, max_pending_bytes: what may wait for the handler; by default as `limits` say.
+            overflow: what becomes of a message that finds no room: "close" ends the subscription with SlowConsumerError
+                (given to `on_error`); "drop_newest" and "drop_oldest" drop a message and count it.
+
+        Raises:
+            InvalidSubjectError, ConfigError, TypeError: the subject, an option or the handler makes no sense.
+            PermissionDeniedError, RefusedError: the server does not allow it.
+            ConnectionLostError: the connection was lost meanwhile; there is no subscription.
+            ClientClosedError: the client is closed.
+        """
+        wishes = Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow)
+        return self._subscribe(subject, handler, wishes)
+
+    def on(
+        self,
+        subject: str,
+        *,
+        type: Any = None,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+    ) -> Callable[[F], F]:
+        """`subscribe` as a decorator; the function stays as it is. `unsubscribe(subject, function)` ends it."""
+        wishes = Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow)
+
+        def decorate(handler: F) -> F:
+            self._subscribe(subject, handler, wishes)
+            return handler
+
+        return decorate
+
+    def on_query(
+        self, subject: str, *, type: Any = None, group: str | None = None, concurrency: int = 1
+    ) -> Callable[[F], F]:
+        """A decorator: the function answers queries on the subject, and gets no events.
+
+        What it returns is the answer, None included, unless it has answered by `Message.reply` or `Message.fail`. If it
+        raises, the asker gets a RemoteError. Of several responders the server asks one at a time, in turn.
+
+        Args and errors: as for `subscribe`.
+        """
+
+        def decorate(handler: F) -> F:
+            self._subscribe(subject, handler, Wishes(type, group, concurrency, responder=True))
+            return handler
+
+        return decorate
+
+    def unsubscribe(self, subject: str | Subscription, handler: Handler | None = None) -> None:
+        """End subscriptions: one, or those on exactly that subject or pattern, or of them those with that handler.
+
+        Returns when the server has confirmed; no handler call begins after that, and what was waiting is discarded. If
+        there is no such subscription nothing happens.
+        """
+        if isinstance(subject, Subscription):
+            found = [item for item in list(self._subscriptions.items()) if item[1] is subject]
+        else:
+            found = [
+                (interest, subscription)
+                for interest, subscription in list(self._subscriptions.items())
+                if interest.subject == subject and (handler is None or subscription.handler == handler)
+            ]
+        for interest, subscription in found:
+            self._end(interest, subscription)
+
+    def _subscribe(self, subject: str, handler: Handler | None, wishes: Wishes) -> Subscription:
+        subscription = Subscription.make(self._session, subject, handler, wishes, self._pool.submit, self.unsubscribe)
+        interest = subscription.interest
+        self._subscriptions[interest] = subscription
+        try:
+            self._waiting.outcome(lambda notify: self._session.subscribe(interest, notify), None)
+        except BaseException:
+            self._subscriptions.pop(interest, None)
+            self._session.unsubscribe(interest)
+            raise
+        return subscription
+
+    def _end(self, interest: Interest, subscription: Subscription) -> None:
+        def begin(notify: Notify) -> Waiter | None:
+            waiter = self._session.unsubscribe(interest, notify)
+            subscription._ended()
+            return waiter
+
+        self._subscriptions.pop(interest, None)
+        with suppress(EvbusError):  # without the connection, or on a server that does not know it, it is over too
+            self._waiting.outcome(begin, None)
+
+    # ---- publishing and asking ---------------------------------------------------------------------------------------
+
+    def publish(
+        self,
+        subject: str,
+        message: object = OMITTED,
+        *,
+        headers: Mapping[str, str] | None = None,
+        confirm: bool = False,
+        timeout: float | None = None,
+    ) -> Receipt | None:
+        """Publish a message. It is sent soon, in the order of the calls; `flush` waits until the server has it.
+
+        Called by a handler of `subscribe` that is at a query, on the query's subject, it is the answer to the query.
+
+        Args:
+            message: bytes and str go as they are; dataclasses, Structs and containers are encoded. Nothing: no payload.
+            headers: text to text, 16 KiB at most.
+            confirm: wait until the server has queued the message for every matching subscriber, and return its Receipt.
+            timeout: seconds to wait for room in a full buffer, and for the receipt; None: as long as the connection
+                lasts. 0 without `confirm` never waits.
+
+        Raises:
+            NotConnectedError, ClientClosedError, InvalidSubjectError, CodecError, PayloadTooLargeError,
+            BufferFullError:
+                nothing was published.
+            PermissionDeniedError, RefusedError: the server refused it (only with `confirm`; else see `flush`).
+            ConfirmTimeoutError, ConnectionLostError: the outcome is unknown (only with `confirm`).
+        """
+        # The short way, for what is published by the million.
+        if (
+            type(message) is bytes
+            and headers is None
+            and not confirm
+            and not self._pack_event(subject, message, _BYTES)
+        ):
+            return None
+        return self._publish(subject, message, headers, confirm, timeout)
+
+    def _publish(
+        self, subject: str, message: object, headers: Mapping[str, str] | None, confirm: bool, timeout: float | None
+    ) -> Receipt | None:
+        seconds = check_timeout(timeout, zero=not confirm)
+        codec, payload = self._encode(subject, message)
+        if headers is None and not confirm and not self._pack_event(subject, payload, int(codec)):
+            return None
+        if not confirm:
+            self._waiting.push(self._session.publish(subject, codec, payload, headers=headers), seconds)
+            return None
+        receipt: Receipt = self._waiting.exchange(
+            lambda notify: self._session.publish(
+                subject, codec, payload, headers=headers, confirm=True, notify=notify, timeout=seconds or 0.0
+            ),
+            seconds,
+        )
+        return receipt
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Return when the server has taken everything that this client published so far.
+
+        Raises:
+            EvbusError: the first error that the server reported, since the last flush, for a publish without `confirm`,
+                for example PermissionDeniedError.
+            ConfirmTimeoutError: the server did not answer within `timeout` seconds.
+            NotConnectedError, ConnectionLostError: no connection, or none any more.
+        """
+        self._waiting.outcome(self._session.flush, check_timeout(timeout))
+        error = self._session.reports.take_unreported()
+        if error is not None:
+            raise error
+
+    @overload
+    def query(
+        self,
+        subject: str,
+        message: object = ...,
+        response: type[T] = ...,
+        *,
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> T: ...
+    @overload
+    def query(
+        self,
+        subject: str,
+        message: object = ...,
+        response: Any = None,
+        *,
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> Any: ...
+    def query(
+        self,
+        subject: str,
+        message: object = OMITTED,
+        response: Any = None,
+        *,
+        timeout: float | None = 3.0,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
+        """Ask, and wait for the answer.
+
+        Args:
+            message: as for `publish`.
+            response: the type to decode the answer into; `Message` for the answer as it came; None for the value as it
+                was sent, in plain containers.
+            timeout: seconds; None: a minute, which is also as long as servers wait at most.
+
+        Raises:
+            NoRespondersError: nobody is there to answer; told at once.
+            RemoteError: the responder failed.
+            ResponderLostError: the responder went away before it answered.
+            QueryTimeoutError: no answer in time. The responder may have acted all the same.
+            ConnectionLostError: so did our connection.
+            CodecError: the answer does not fit `response`.
+            NotConnectedError, InvalidSubjectError, PayloadTooLargeError, BufferFullError: nothing was asked.
+        """
+        seconds = check_timeout(timeout) or MAX_QUERY_S
+        codec, payload = self._encode(subject, message)
+        decoder = make_decoder(response, self._options.codec) if response is not Message else None
+        answer: Message = self._waiting.exchange(
+            lambda notify: self._session.query(
+                subject, codec, payload, headers=headers, notify=notify, timeout=seconds
+            ),
+            seconds,
+        )
+        if decoder is None:
+            return answer
+        try:
+            return decoder(answer.codec, answer.data)
+        except CodecError as exc:
+            exc.subject = subject
+            raise
+
+    def _encode(self, subject: str, message: object) -> tuple[Codec, bytes]:
+        try:
+            return encode(message, self._options.codec)
+        except CodecError as exc:
+            exc.subject = subject
+            raise
+
+
+def connect(
+    url: str = f"evbus://{DEFAULT_HOST}:{DEFAULT_PORT}",
+    *,
+    timeout: float = 3.0,
+    name: str | None = None,
+    auth: str | None = None,
+    codec: str = "msgpack",
+    heartbeat: float = 5.0,
+    limits: ClientLimits | None = None,
+    on_error: Callable[[BaseException, Message | None], object] | None = None,
+    on_status: Callable[[ConnectStatus], object] | None = None,
+) -> EventClient:
+    """A connected client.
+
+    Args:
+        url: `evbus://host:port`; the scheme and the port may be left out.
+        timeout: seconds for connecting.
+        name, auth, codec, heartbeat, limits, on_error, on_status: as for EventClient.
+
+    Raises:
+        ConfigError: the URL or an option makes no sense.
+        ConnectError, NotEventServerError, AuthError: as for `EventClient.connect`.
+    """
+    host, port = parse_url(url)
+    client = EventClient(
+        host,
+        port,
+        name=name,
+        auth=auth,
+        codec=codec,
+        heartbeat=heartbeat,
+        limits=limits,
+        on_error=on_error,
+        on_status=on_status,
+    )
+    return client.connect(timeout)
+
+
+@atexit.register
+def _last_flush() -> None:
+    """Give the last messages of clients that were never disconnected a chance to leave."""
+    for client in list(_open_clients):
+        if client.stats().pending_bytes:
+            with suppress(EvbusError):
+                client.flush(_LAST_FLUSH_S)

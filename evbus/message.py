@@ -1,0 +1,76 @@
+"""The values that a client hands to its user: messages, receipts, statuses, statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from evbus._message import Message
+
+__all__ = ["ClientStats", "ConnectStatus", "Message", "Receipt"]
+
+
+class ConnectStatus(Enum):
+    """Where a client's connection stands."""
+
+    DISCONNECTED = "disconnected"
+    """No connection: not yet, or no longer."""
+    CONNECTING = "connecting"
+    """`connect` is at work."""
+    CONNECTED = "connected"
+    """The server has accepted us."""
+    RECONNECTING = "reconnecting"
+    """The connection was lost and the client is trying to get a new one."""
+    NOT_EVENT_SERVER = "not_event_server"
+    """The last attempt found something that is no event server."""
+    DRAINING = "draining"
+    """`disconnect` is at work: what was begun is being finished."""
+    CLOSED = "closed"
+    """`disconnect` has ended; a closed client is not opened again."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """The server's word on a publish with confirm=True: it has queued the message for every matching subscriber.
+
+    It does not say that a subscriber has handled it.
+    """
+
+    receivers: int
+    """Connections and group members that the message was queued for; -1 if the server does not count (a C# server)."""
+    dropped: int = 0
+    """Matching receivers that do not get it because the server is closing them for being too slow."""
+
+
+@dataclass(frozen=True)
+class ClientStats:
+    """Counters of one client since it was made, and what waits now."""
+
+    published: int
+    """Messages and queries handed to the outgoing buffer."""
+    received: int
+    """Messages, queries and answers that arrived."""
+    handled: int
+    """Messages and queries whose handler has returned, or raised."""
+    handler_errors: int
+    """Handlers that raised, and payloads that did not fit their handler's type."""
+    dropped: int
+    """Messages that found their subscription's queue full, or its subscription ended."""
+    server_errors: int
+    """Errors that the server sent without being asked, such as those for publishes without confirmation."""
+    missed: int
+    """Messages that the server says it had to drop for this client."""
+    late_answers: int
+    """Answers, given or got, that came after their query had ended."""
+    malformed: int
+    """Packets of the server that could not be read."""
+    connects: int
+    """Connections that were established."""
+    subscriptions: int
+    """Subscriptions now."""
+    pending_queries: int
+    """Queries, confirmations and subscribes that wait for the server now."""
+    pending_bytes: int
+    """Bytes in the outgoing buffer now."""
+    pending_msgs: int
+    """Messages that wait for handlers now."""

@@ -1,0 +1,259 @@
+"""One subscription of the synchronous client, as its user holds it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from evbus._mailbox import OVERFLOW_CLOSE, OVERFLOW_DROP_NEWEST, OVERFLOW_DROP_OLDEST, Batch, Mailbox
+from evbus._message import Message
+from evbus.errors import ConfigError
+from evbus.handlers import HandlerRunner
+from evbus.plan import Interest
+from evbus.session import Session
+from evbus.signatures import Handler, decoder_for
+from evbus.wire import Role
+
+__all__ = ["Subscription", "Wishes"]
+
+
+_OVERFLOWS = {"close": OVERFLOW_CLOSE, "drop_newest": OVERFLOW_DROP_NEWEST, "drop_oldest": OVERFLOW_DROP_OLDEST}
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """The options of a subscription, see `EventClient.subscribe`."""
+
+    type: Any = None
+    group: str | None = None
+    concurrency: int = 1
+    max_pending_msgs: int | None = None
+    max_pending_bytes: int | None = None
+    overflow: str = "close"
+    responder: bool = False
+
+
+def _positive(option: str, value: int | None, default: int) -> int:
+    if value is None:
+        return default
+    if type(value) is not int or not 1 <= value < 2**31:
+        raise ConfigError(option, f"must be a whole number from 1 up, not {value!r}")
+    return value
+
+
+class Subscription:
+    """What `EventClient.subscribe` returns.
+
+    Without a handler it is an iterator of `Message`: `for message in subscription` waits for each next one and ends
+    when the subscription does. If the connection is lost, the iterator raises ConnectionLostError once the messages
+    received before are taken; if messages came faster than they were taken, SlowConsumerError.
+
+    As a context manager it unsubscribes at the end. Any thread may use it; each message goes to one of the threads that
+    iterate.
+    """
+
+    def __init__(
+        self, interest: Interest, handler: Handler | None, unsubscribe: Callable[[Subscription], object]
+    ) -> None:
+        self.interest = interest
+        self._mailbox = interest.mailbox
+        self._handler = handler
+        self._unsubscribe = unsubscribe
+        self._taking = threading.Lock()
+        # What happens to an iterator: True, there are messages and it is our turn to take them; an exception; None, the
+        # end.
+        self._news: queue.SimpleQueue[bool | Exception | None] = queue.SimpleQueue()
+        self._batch: Batch | None = None
+        self._may_take = False
+        if handler is None:
+            interest.mailbox.wake = lambda: self._news.put(True)
+            interest.on_lost = self._on_lost
+
+    @classmethod
+    def make(
+        cls,
+        session: Session,
+        subject: str,
+        handler: Handler | None,
+        wishes: Wishes,
+        submit: Callable[[Callable[[], None]], object],
+        unsubscribe: Callable[[Subscription], object],
+    ) -> Subscription:
+        """A subscription that no server knows yet.
+
+        Args:
+            submit: runs a handler over what waits for it, on a thread where user code may run.
+            unsubscribe: what the subscription's own method of that name is to do.
+
+        Raises:
+            InvalidSubjectError, ConfigError, TypeError: something makes no sense.
+        """
+        limits = session.options.limits
+        if wishes.overflow not in _OVERFLOWS:
+            raise ConfigError("overflow", f"must be one of {', '.join(_OVERFLOWS)}, not {wishes.overflow!r}")
+        if handler is None and wishes.type is not None:
+            raise ConfigError("type", "needs a handler; messages that are iterated over are decoded by Message.decode")
+        decoder = decoder_for(handler, wishes.type, session.options.codec) if handler is not None else None
+        role = Role.RESPONDER if wishes.responder else Role.SUBSCRIBER
+        interest = Interest(session.registrar.new_sid(), subject, role=role, group=wishes.group)
+        mailbox = interest.mailbox = Mailbox(
+            interest,
+            interest.sid,
+            max_msgs=_positive("max_pending_msgs", wishes.max_pending_msgs, limits.pending_msgs),
+            max_bytes=_positive("max_pending_bytes", wishes.max_pending_bytes, limits.pending_bytes),
+            overflow=_OVERFLOWS[wishes.overflow],
+            concurrency=_positive("concurrency", wishes.concurrency, 1),
+        )
+        if handler is not None:
+            runner = HandlerRunner(session, mailbox, subject, handler, decoder, responder=wishes.responder)
+            mailbox.wake = lambda: submit(runner.run)
+        return cls(interest, handler, unsubscribe)
+
+    # ---- facts -------------------------------------------------------------------------------------------------------
+
+    @property
+    def subject(self) -> str:
+        """The subject or pattern."""
+        return self.interest.subject
+
+    @property
+    def group(self) -> str | None:
+        """The group that shares the messages; None if there is none."""
+        return self.interest.group or None
+
+    @property
+    def handler(self) -> Handler | None:
+        """The handler; None if messages are taken by iteration."""
+        return self._handler
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it was neither unsubscribed nor ended by an error. While the client is not connected, an active
+        subscription waits to be restored.
+        """
+        return self.interest.active
+
+    @property
+    def received(self) -> int:
+        """Messages that came in so far; those dropped do not count."""
+        return self._mailbox.received
+
+    @property
+    def handled(self) -> int:
+        """Messages that the handler has finished with, or that were taken by iteration. Counted in batches, so it lags
+        behind a little while messages come.
+        """
+        return self._mailbox.handled
+
+    @property
+    def dropped(self) -> int:
+        """Messages that found the queue full, or the subscription ended."""
+        return self._mailbox.dropped
+
+    @property
+    def discarded(self) -> int:
+        """Messages that were waiting when the subscription was unsubscribed."""
+        return self._mailbox.discarded
+
+    @property
+    def errors(self) -> int:
+        """Messages whose handler raised, or that did not fit its type."""
+        return self._mailbox.errors
+
+    @property
+    def pending_msgs(self) -> int:
+        """Messages that wait for the handler or the iteration."""
+        return self._mailbox.pending_msgs
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of payload and headers that are kept for it."""
+        return self._mailbox.pending_bytes
+
+    # ---- use ---------------------------------------------------------------------------------------------------------
+
+    def unsubscribe(self) -> None:
+        """End it. Returns when the server has confirmed; no handler call begins after that, and what was waiting is
+        discarded (counted in `discarded`). A handler call at work finishes. Again: nothing happens.
+        """
+        self._unsubscribe(self)
+
+    def next(self, timeout: float | None = None) -> Message:
+        """The next message.
+
+        Args:
+            timeout: seconds to wait for it; None: as long as it takes. 0 takes one that is there.
+
+        Raises:
+            TimeoutError: none came in time.
+            StopIteration: the subscription has ended.
+            ConnectionLostError, SlowConsumerError: no more messages came because of that.
+            TypeError: this subscription has a handler.
+        """
+        if self._handler is not None:
+            raise TypeError(f"the subscription on {self.subject!r} has a handler, so there is nothing to iterate over")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if not self._taking.acquire(timeout=-1 if timeout is None else max(timeout, 0.0)):
+            raise TimeoutError(f"no message on {self.subject!r} within {timeout:g} s")
+        try:
+            while True:
+                if self._batch is not None:
+                    message = next(self._batch, None)
+                    if message is not None:
+                        return message
+                if self._may_take:
+                    self._batch = self._mailbox.take(self._batch)
+                    self._may_take = self._batch is not None
+                else:
+                    self._wait(deadline, timeout)
+        finally:
+            self._taking.release()
+
+    def _wait(self, deadline: float | None, timeout: float | None) -> None:
+        try:
+            news = self._news.get(timeout=None if deadline is None else max(deadline - time.monotonic(), 0.0))
+        except queue.Empty:
+            raise TimeoutError(f"no message on {self.subject!r} within {timeout:g} s") from None
+        if news is True:
+            self._may_take = True
+            return
+        if isinstance(news, Exception):
+            raise news
+        self._news.put(None)  # for whoever asks next
+        raise StopIteration
+
+    def _on_lost(self, error: Exception) -> None:
+        self._news.put(error)
+        if not self.interest.active:
+            self._news.put(None)
+
+    def _ended(self) -> None:
+        """The client has unsubscribed it, or was closed."""
+        self._mailbox.clear()
+        self._news.put(None)
+
+    def __iter__(self) -> Iterator[Message]:
+        if self._handler is not None:
+            self.next(0)  # says why not
+        return self
+
+    def __next__(self) -> Message:
+        return self.next()
+
+    def __enter__(self) -> Subscription:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.unsubscribe()
+
+    def __repr__(self) -> str:
+        state = "" if self.is_active else ", ended"
+        group = f" in group {self.group!r}" if self.group else ""
+        return f"<Subscription to {self.subject!r}{group}, {self.pending_msgs} waiting{state}>"

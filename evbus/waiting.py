@@ -1,0 +1,80 @@
+"""How the synchronous client waits: for outcomes, and for room in the outgoing buffer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from evbus._inbox import Waiter
+from evbus.correlation import Notify, Sending
+from evbus.errors import BufferFullError
+from evbus.session import Session
+
+__all__ = ["Waiting"]
+
+
+class Waiting:
+    """Blocks the calling thread until the session has something for it. Any number of threads."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._outbox = session.outbox
+        self._room = threading.Condition()
+        self._outbox.on_room = self._on_room
+
+    def outcome(self, start: Callable[[Notify], Waiter | None], seconds: float | None) -> Any:
+        """Start a request and wait for its outcome.
+
+        Args:
+            start: is given what to call when the outcome is there; returns None if there is nothing to wait for.
+            seconds: None: as long as it takes.
+        """
+        done = threading.Lock()
+        done.acquire()
+        waiter = start(done.release)
+        return self._wait(waiter, done, seconds, seconds) if waiter is not None else None
+
+    def exchange(self, make: Callable[[Notify], Sending], seconds: float | None) -> Any:
+        """Send a message and wait for its outcome; `seconds` are for both."""
+        done = threading.Lock()
+        done.acquire()
+        sending = make(done.release)
+        begun = time.monotonic()
+        self.push(sending, seconds)
+        assert sending.waiter is not None
+        left = None if seconds is None else begun + seconds - time.monotonic()
+        return self._wait(sending.waiter, done, left, seconds)
+
+    def push(self, sending: Sending, seconds: float | None) -> None:
+        """Get a message into the buffer, waiting for room.
+
+        Raises:
+            BufferFullError: there was none in time.
+        """
+        deadline: float | None = None
+        while not sending.pack():
+            now = time.monotonic()
+            if deadline is None:
+                deadline = now + (threading.TIMEOUT_MAX / 2 if seconds is None else seconds)
+            with self._room:
+                if not self._outbox.want_room():
+                    continue
+                if now >= deadline or not self._room.wait(deadline - now):
+                    raise BufferFullError(self._outbox.pending_bytes, self._outbox.high_bytes)
+
+    def _on_room(self) -> None:
+        with self._room:
+            self._room.notify_all()
+
+    def _wait(self, waiter: Waiter, done: threading.Lock, left: float | None, seconds: float | None) -> Any:
+        try:
+            if left is None or seconds is None:
+                done.acquire()
+            elif not done.acquire(timeout=min(max(left, 0.0), threading.TIMEOUT_MAX)):
+                self._session.correlation.expire(waiter, seconds)
+        except BaseException:  # Ctrl-C
+            self._session.correlation.abandon(waiter)
+            raise
+        return waiter.result()
