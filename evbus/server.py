@@ -208,7 +208,7 @@ class EventServer:
                 raise ConfigError(
                     "host",
                     f"{host} can be reached from other machines, and this server asks nobody who they are: listen on "
-                    f"127.0.0.1, or say allow_anonymous_network=True (--allow-anonymous-network) if you trust the network",
+                    f"127.0.0.1, or say allow_anonymous_network=True (--allow-anonymous-network) if you trust it",
                 )
 
     def _on_accept(self, sock: socket.socket, peer: str) -> None:
@@ -216,9 +216,21 @@ class EventServer:
         self._core.add(TcpTransport(sock, peer))
 
     def _run(self) -> None:
+        """The loop, and what must follow it however it ends. KeyboardInterrupt is for `serve_forever`."""
         assert self._reactor is not None
-        self._reactor.run()
+        try:
+            self._reactor.run()
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            _log.exception("the event loop failed")
+            self._close()
+            raise
         self._close()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the server has stopped, however that came about. Returns whether it has."""
+        return self._stopped.wait(timeout)
 
     def _begin_stop(self, seconds: float) -> None:
         core, acceptor, reactor = self._core, self._acceptor, self._reactor
