@@ -28,8 +28,17 @@ cdef class QueryTable:
         self.key1 = load_u64(<const uint8_t *>key + 8)
 
     def __dealloc__(self):
-        while self.count:
-            self.end(self.heap[0])
+        # Not by `end`: the connections may have gone before the table.
+        cdef size_t i
+        cdef asked_t *asked
+        cdef asked_t *following
+        for i in range(self.count):
+            asked = self.heap[i].asked
+            while asked is not NULL:
+                following = asked.next_of_query
+                free(asked)
+                asked = following
+            free(self.heap[i])
         free(self.heap)
         free(self.by_wire_id.slots)
         free(self.by_own_id.slots)

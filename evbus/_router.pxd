@@ -21,6 +21,7 @@ cdef class Link:
 @cython.final
 cdef class Interest:
     cdef sub_t sub
+    cdef SubjectTable table
     cdef readonly Link link
     cdef bytes subject_bytes
     cdef bytes group_bytes
@@ -92,7 +93,8 @@ cdef class Router:
     cdef void run_commit(self) noexcept nogil
     cdef uint32_t fan_out(self, conn_t *c, envelope_t *env, conn_t **targets, uint32_t count, conn_t *skip,
                           uint32_t flags, span task_id) noexcept nogil
-    cdef uint32_t to_groups(self, conn_t *c, entry_t *entry, envelope_t *env, pending_t *query) noexcept nogil
+    cdef uint32_t to_groups(self, conn_t *c, entry_t *entry, envelope_t *env, pending_t *query,
+                            uint32_t *missed) noexcept nogil
     cdef uint32_t make_prefix(self, conn_t *sender, uint32_t dialect, uint32_t flags, uint32_t codec, int32_t sid,
                               int32_t deadline_ms, span task_id, span subject, uint32_t headers_size,
                               uint32_t payload_size) noexcept nogil

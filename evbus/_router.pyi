@@ -206,7 +206,8 @@ class Router:
 
     def detach(self, link: Link) -> None:
         """The connection is gone: end its queries, tell the askers of queries that only it could still answer, and forget it.
-        Its subscriptions must have been ended before."""
+        Its subscriptions must have been ended before.
+        """
 
     def cancel_query(self, link: Link, task_id: bytes) -> bool:
         """Forget a query that this connection asked. Returns whether it was pending."""
@@ -214,7 +215,8 @@ class Router:
     def fail_query(self, link: Link, task_id: bytes, code: int, text: bytes) -> bool:
         """A connection that was asked reports failure. Returns False if it was not asked that query.
 
-        The asker is told at once if nobody else may still answer (of a query to all: each time)."""
+        The asker is told at once if nobody else may still answer (of a query to all: each time).
+        """
 
     def expire_queries(self) -> int:
         """End the queries whose deadline has passed; returns how many."""

@@ -25,6 +25,7 @@ the router closes it (`take_victims`).
 Threads: one thread, the reactor's, with the interpreter lock held except inside the transports' system calls.
 """
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdio cimport snprintf
 from libc.stdlib cimport free, malloc, realloc
@@ -191,6 +192,9 @@ cdef class Link:
         }
 
 
+# As long as `sub` stands in the table, both the table and the conn_t in the link must be there, so the garbage collector must
+# not clear the fields before __dealloc__ has run. (A cycle through an Interest always goes through its Link, which it clears.)
+@cython.no_gc_clear
 cdef class Interest:
     """One subscription. Made by `Router.subscribe`; ends with `Router.unsubscribe` or its link's `detach`."""
 
@@ -215,8 +219,12 @@ cdef class Interest:
         return self.group_bytes
 
     def __dealloc__(self):
+        # Only when it is dropped without `unsubscribe`, as when a whole server is thrown away. The link may have been cleared.
         if self.active:
-            self.link.router.table.remove(&self.sub)
+            if self.link.router is not None:
+                self.link.router.last = NULL
+            self.link.c.subscriptions -= 1
+            self.table.remove(&self.sub)
 
 
 cdef inline int grow(conn_t ***items, size_t *room) noexcept nogil:
@@ -292,8 +300,8 @@ cdef class Router:
         cdef conn_t *c = &link.c
         cdef int r
         if c.inp.size == 0 or c.state == S_CLOSING:
-            if c.state == S_CLOSING:
-                ring_release(c.inp)
+            # Also when a control packet was the last one: a connection that holds no bytes holds no block.
+            ring_release(c.inp)
             return FEED_DONE
         if ring_linear(c.inp) < 0:
             raise MemoryError
@@ -364,6 +372,7 @@ cdef class Router:
     def subscribe(self, Link link not None, bytes subject, int32_t sid=0, uint32_t role=0, bytes group=b""):
         """Add a subscription to a valid subject or pattern; active at once. Returns its Interest."""
         cdef Interest interest = Interest.__new__(Interest)
+        interest.table = self.table
         interest.link = link
         interest.subject_bytes = subject
         interest.group_bytes = group
@@ -417,13 +426,14 @@ cdef class Router:
         link.flush = None
 
     def cancel_query(self, Link link not None, bytes task_id):
-        """Forget a query that this connection asked. Returns whether it was pending."""
+        """Forget a query that this connection asked. Returns whether it was pending; if not, that is counted."""
         cdef span own
         cdef pending_t *query
         own.ptr = <const uint8_t *>PyBytes_AS_STRING(task_id)
         own.size = <uint32_t>PyBytes_GET_SIZE(task_id)
         query = self.queries.find_own(&link.c, own)
         if query is NULL:
+            self.errors[E_UNKNOWN_QUERY] += 1
             return False
         self.queries.end(query)
         return True
@@ -625,7 +635,10 @@ cdef class Router:
             return 0
         if (
             read_string(&cur, &env.subject) < 0
-            or (c.dialect >= D_H23_199 and read_string(&cur, &env.query_task_id) < 0)
+            or (
+                c.dialect >= D_H23_199
+                and (read_string(&cur, &env.query_task_id) < 0 or env.query_task_id.size > MAX_TASK_ID)
+            )
             or read_bytes(&cur, &env.payload) < 0
         ):
             self.put_error(c, env.task_id, E_MALFORMED, env.headers)
@@ -685,7 +698,7 @@ cdef class Router:
         cdef route_t *route
         cdef conn_t **targets
         cdef conn_t *skip = c if env.flags & F_NO_ECHO else NULL
-        cdef uint32_t first = 0, same = 0, i, grouped = 0, receivers, dropped
+        cdef uint32_t first = 0, same = 0, i, grouped = 0, missed = 0, receivers, dropped
         cdef span none
         if entry is NULL:
             self.put_error(c, env.task_id, E_INVALID_SUBJECT, env.subject)
@@ -710,7 +723,7 @@ cdef class Router:
             if route.first[DIALECTS] > i:
                 self.fan_out(c, env, route.plain + i, route.first[DIALECTS] - i, skip, 0, env.task_id)
             if route.groups:
-                grouped = self.to_groups(c, entry, env, NULL)
+                grouped = self.to_groups(c, entry, env, NULL, &missed)
             self.work += route.receivers - same
         if same:
             # The packet becomes its own delivery, where it lies, and joins the run or starts one.
@@ -742,7 +755,7 @@ cdef class Router:
                 self.run_commit()
             if env.flags & F_CONFIRM:
                 receivers = grouped
-                dropped = route.groups - grouped
+                dropped = missed
                 for i in range(route.first[DIALECTS]):
                     if route.plain[i].victim:
                         dropped += 1
@@ -805,19 +818,26 @@ cdef class Router:
                 n += 1
         return n
 
-    cdef uint32_t to_groups(self, conn_t *c, entry_t *entry, envelope_t *env, pending_t *query) noexcept nogil:
-        # One member of each group, in turn; one that is being closed is passed over. Returns how many groups were served.
+    cdef uint32_t to_groups(self, conn_t *c, entry_t *entry, envelope_t *env, pending_t *query,
+                            uint32_t *missed) noexcept nogil:
+        # One member of each group, in turn; one that is being closed is passed over. Returns how many groups were served;
+        # `missed` is how many were not because all their members are being closed.
         cdef route_t *route = entry.route
         cdef uint32_t i, k, size, n = 0, flags = F_QUERY if query is not NULL else 0
+        cdef bint slow
         cdef sub_t *sub
         cdef span headers, task_id = env.task_id
         if query is not NULL:
             task_id = wire_id_of(query)
         entry.turn += 1
         for i in range(route.groups):
+            slow = False
             for k in range(route.group[i].count):
                 sub = route.member[route.group[i].first + (entry.turn + k) % route.group[i].count]
-                if sub.conn.victim or (sub.conn == c and env.flags & F_NO_ECHO):
+                if sub.conn == c and env.flags & F_NO_ECHO:
+                    continue
+                slow = True
+                if sub.conn.victim:
                     continue
                 headers = env.headers
                 if sub.conn.dialect != D_EVBUS_2:
@@ -831,6 +851,8 @@ cdef class Router:
                         self.queries.ask(query, sub.conn)
                     n += 1
                     break
+            else:
+                missed[0] += slow
         return n
 
     cdef uint32_t make_prefix(self, conn_t *sender, uint32_t dialect, uint32_t flags, uint32_t codec, int32_t sid,
@@ -919,7 +941,7 @@ cdef class Router:
         cdef route_t *route
         cdef pending_t *query
         cdef double patience = self.query_default_s
-        cdef uint32_t i, k, size, asked = 0
+        cdef uint32_t i, k, size, asked = 0, missed = 0
         cdef sub_t *sub
         cdef conn_t *target
         cdef span headers
@@ -942,9 +964,9 @@ cdef class Router:
                 self.put_error(c, env.task_id, E_MALFORMED, env.subject)
                 return 0
         if span_blank(env.task_id):
-            env.task_id.size = 0
             self.put_error(c, env.task_id, E_MALFORMED, env.subject)
             return 0
+        env.flags &= F_ALL  # the other bits mean nothing in a query
         if env.payload.size > self.payload_limit:
             self.refuse_payload(c, &env)
             return 0
@@ -965,18 +987,18 @@ cdef class Router:
             return 0
         if env.deadline_ms > 0:
             patience = env.deadline_ms * 0.001
-        if patience > self.query_max_s:
-            patience = self.query_max_s
-        env.deadline_ms = <int32_t>(patience * 1000)
+        if env.deadline_ms <= 0 or patience > self.query_max_s:
+            patience = min(patience, self.query_max_s)
+            env.deadline_ms = <int32_t>(patience * 1000 + 0.5)
         query = self.queries.begin(c, env.task_id, env.subject, self.now + patience, (env.flags & F_ALL) != 0)
         if query is NULL:
             self.put_error(c, env.task_id, E_TOO_MANY_QUERIES, env.subject)
             return 0
         if route.responders:
             # One of the responders in turn, or all of them; one that is being closed is passed over.
-            entry.turn += 1
+            entry.query_turn += 1
             for k in range(route.responders):
-                sub = route.responder[(entry.turn + k) % route.responders]
+                sub = route.responder[(entry.query_turn + k) % route.responders]
                 target = sub.conn
                 if target.victim or self.queries.asked_of(query, target) is not NULL:
                     continue
@@ -999,8 +1021,8 @@ cdef class Router:
                                         env.subject, headers.size, env.payload.size)
                 if self.deliver(target, size, headers, env.payload) and self.queries.ask(query, target) == 0:
                     asked += 1
-            if route.groups:
-                asked += self.to_groups(c, entry, &env, query)
+            if asked == 0 and route.groups:
+                asked = self.to_groups(c, entry, &env, query, &missed)
         self.work += asked
         if asked == 0:
             self.queries.end(query)
@@ -1140,6 +1162,8 @@ cdef class Router:
         cdef uint32_t size
         cdef span text
         self.errors[code] += 1
+        # What the sender's earlier packets caused goes first.
+        self.run_commit()
         text.ptr = <const uint8_t *>error_text(code)
         text.size = <uint32_t>strlen(<const char *>text.ptr)
         if code == E_MALFORMED:

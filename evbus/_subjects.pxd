@@ -73,7 +73,8 @@ ctypedef struct entry_t:
     route_t *route
     uint64_t hash
     uint64_t epoch          # the table's epoch at which the route was made; 0: none yet
-    uint32_t turn           # round robin over responders and group members
+    uint32_t turn           # round robin over group members
+    uint32_t query_turn     # and over responders
     uint32_t size
     subs_t subs
     bint used               # second chance for the cache's clock
@@ -109,6 +110,7 @@ cdef class SubjectTable:
     cdef size_t cached      # entries without subscriptions of their own
     cdef size_t cache_limit
     cdef size_t hand
+    cdef uint32_t turn      # where the round robin of the next entry starts
     cdef readonly size_t subscriptions
     cdef readonly size_t patterns
     cdef readonly uint64_t resolved

@@ -32,4 +32,5 @@ class SubjectTable:
         self, subject: bytes
     ) -> tuple[list[int], dict[bytes, list[tuple[int, int]]], list[tuple[int, int]]] | None:
         """(plain connection ids, {group: [(connection id, sid)]}, [(connection id, sid)] of responders), or None if the
-        subject is not valid."""
+        subject is not valid.
+        """

@@ -15,7 +15,7 @@ Threads: one thread, the reactor's.
 
 import secrets
 
-from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.stdlib cimport calloc, free, malloc, qsort, realloc
 from libc.string cimport memcmp, memcpy, memset
 
 from evbus._frame cimport MAX_TOKENS, SUBJECT_OK, load_u64, subject_check
@@ -297,6 +297,9 @@ cdef class SubjectTable:
             return NULL
         entry.hash = hash
         entry.size = size
+        # Subjects that are used once each are shared out in turn as well.
+        self.turn += 1
+        entry.turn = entry.query_turn = self.turn
         memcpy(entry.key, p, size)
         if hash_insert(&self.entries, hash, entry) < 0:
             free(entry)
@@ -452,7 +455,7 @@ cdef class SubjectTable:
     cdef int resolve(self, entry_t *entry) noexcept nogil:
         # Makes the route of an entry: matches, one copy per connection, groups by name, connections sorted by dialect.
         cdef subs_t *found = &self.found
-        cdef uint32_t i, j, k, plain = 0, members = 0, responders = 0, groups = 0
+        cdef uint32_t i, k, plain = 0, members = 0, responders = 0, groups = 0
         cdef uint32_t counts[DIALECTS + 1]
         cdef sub_t *sub
         cdef conn_t *conn
@@ -515,20 +518,17 @@ cdef class SubjectTable:
                 route.responder[route.responders] = sub
                 route.responders += 1
             elif sub.group_size:
-                # Insert behind the last member of its group, so that a group's members stand together.
-                for j in range(groups):
-                    if (
-                        named[route.group[j].first].group_size == sub.group_size
-                        and memcmp(named[route.group[j].first].group, sub.group, sub.group_size) == 0
-                    ):
-                        break
-                else:
-                    j = groups
-                    route.group[j].first = k
-                    route.group[j].count = 0
-                    groups += 1
-                insert_member(route, j, groups, k, sub)
+                named[k] = sub
                 k += 1
+        # A peer chooses how many groups there are, so the work must not grow with their square.
+        if members > 1:
+            qsort(named, members, sizeof(sub_t *), by_group)
+        for i in range(members):
+            if i == 0 or by_name(named[i - 1], named[i]) != 0:
+                route.group[groups].first = i
+                route.group[groups].count = 0
+                groups += 1
+            route.group[groups - 1].count += 1
         route.groups = groups
         route.receivers = plain + groups
         free(entry.route)
@@ -560,17 +560,22 @@ cdef class SubjectTable:
         )
 
 
-cdef void insert_member(route_t *route, uint32_t group, uint32_t groups, uint32_t members, sub_t *sub) noexcept nogil:
-    cdef uint32_t at = route.group[group].first + route.group[group].count, i
-    i = members
-    while i > at:
-        route.member[i] = route.member[i - 1]
-        i -= 1
-    route.member[at] = sub
-    route.group[group].count += 1
-    for i in range(groups):
-        if i != group and route.group[i].first >= at and route.group[i].count:
-            route.group[i].first += 1
+cdef int by_name(const sub_t *a, const sub_t *b) noexcept nogil:
+    if a.group_size != b.group_size:
+        return -1 if a.group_size < b.group_size else 1
+    return memcmp(a.group, b.group, a.group_size)
+
+
+cdef int by_group(const void *a, const void *b) noexcept nogil:
+    # Members of a group stand together, in an order that a change elsewhere does not disturb.
+    cdef const sub_t *x = (<const sub_t **>a)[0]
+    cdef const sub_t *y = (<const sub_t **>b)[0]
+    cdef int r = by_name(x, y)
+    if r != 0:
+        return r
+    if x.conn.id != y.conn.id:
+        return -1 if x.conn.id < y.conn.id else 1
+    return (x.sid > y.sid) - (x.sid < y.sid)
 
 
 cdef inline uint64_t edge_hash(SubjectTable table, node_t *node, const uint8_t *token, uint32_t size) noexcept nogil:

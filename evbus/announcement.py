@@ -24,16 +24,31 @@ FEATURES: Final = ("headers", "receipt", "gap", "goaway", "query_end", "cancel",
 HEARTBEAT_RANGE_S: Final = (0.05, 3600.0)
 
 
+#: Of a client that says none, in seconds.
+DEFAULT_HEARTBEAT_S: Final = 5.0
+
+
 class ClientAnnouncement(msgspec.Struct):
     """What an evbus client says about itself."""
 
     versions: tuple[int, int]
     """Lowest and highest protocol version."""
-    name: str = ""
-    client: str = ""
-    heartbeat: float = 5.0
+    name: object = ""
+    heartbeat: object = DEFAULT_HEARTBEAT_S
     """Seconds between its heartbeats."""
-    features: list[str] = []
+
+    @property
+    def label(self) -> str:
+        """Its name as operators see it."""
+        return self.name[:128] if isinstance(self.name, str) else ""
+
+    @property
+    def heartbeat_s(self) -> float:
+        """The interval in force: its wish, brought into the range; the default if that is no number above 0."""
+        wish = self.heartbeat
+        if isinstance(wish, bool) or not isinstance(wish, (int, float)) or not wish > 0:
+            return DEFAULT_HEARTBEAT_S
+        return float(min(max(wish, HEARTBEAT_RANGE_S[0]), HEARTBEAT_RANGE_S[1]))
 
 
 def read_client_announcement(text: bytes) -> ClientAnnouncement | None:
@@ -45,10 +60,8 @@ def read_client_announcement(text: bytes) -> ClientAnnouncement | None:
         found = msgspec.json.decode(text[len(prefix) :], type=ClientAnnouncement)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-    if not 0 < found.heartbeat < float("inf"):
-        return None
-    found.heartbeat = min(max(found.heartbeat, HEARTBEAT_RANGE_S[0]), HEARTBEAT_RANGE_S[1])
-    return found
+    # Whatever else it gets wrong, it is an evbus client if it can say which versions it speaks.
+    return found if found.versions[0] <= found.versions[1] else None
 
 
 def server_announcement(limits: Limits, connection: int, heartbeat_s: float) -> str:

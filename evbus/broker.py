@@ -201,12 +201,12 @@ class Broker:
         _, _, system_id, _, body = packet
         link = peer.link
         header = link.header_bytes
-        if header == wire.HEADER_BYTES_22 and len(body) == 4:
+        if header == wire.HEADER_BYTES_22 and len(body) == 4 and link.state == LINK_NEW:
             # The int dialects of 2024-07: an i32 TaskId and nothing else.
             return CloseReason.UNSUPPORTED_DIALECT
         strings = _frame.unpack_strings(body, 1 if header == wire.HEADER_BYTES_22 else 4)
         if strings is None or any(len(s) > limit for s, limit in zip(strings, _HANDSHAKE_LIMITS, strict=False)):
-            self.router.refuse(link, b"", ErrorCode.MALFORMED)
+            self.router.refuse(link, self._readable_task_id(body), ErrorCode.MALFORMED)
             return None
         if link.state == LINK_READY:
             self._respond(peer, strings[0], Status.SUCCESS, peer.handshake_text)
@@ -233,9 +233,10 @@ class Broker:
                 )
                 return CloseReason.UNSUPPORTED_DIALECT
             dialect = Dialect.EVBUS_2
-            peer.name = announcement.name[:128]
-            peer.silence_s = announcement.heartbeat * MISSED_HEARTBEATS
-            peer.handshake_text = server_announcement(self.limits, link.id, announcement.heartbeat)
+            peer.name = announcement.label
+            peer.silence_s = announcement.heartbeat_s * MISSED_HEARTBEATS
+            peer.handshake_text = server_announcement(self.limits, link.id, announcement.heartbeat_s)
+        peer.is_ambiguous = header == wire.HEADER_BYTES_23 and len(strings) == 1
         link.dialect = dialect
         link.packet_limit = self.limits.packet_bytes
         link.state = LINK_READY
@@ -312,19 +313,23 @@ class Broker:
         if len(body) < 4:
             self.router.refuse(link, b"", ErrorCode.MALFORMED)
             return None
-        # The second witness of the dialect: the opening packets of these two differ in nothing but the SystemId.
-        if link.dialect == Dialect.H23_255:
-            link.dialect = Dialect.H23_199
+        self._second_witness(peer, Dialect.H23_199)
         self.router.send(link, self._packet(peer, ObjectId.HEARTBEAT, body[:4]))
         return None
 
     def _on_heartbeat_old(self, peer: Peer, _packet: _Packet) -> CloseReason | None:
+        self._second_witness(peer, Dialect.H23_255)
         self.router.send(peer.link, self._packet(peer, ObjectId.HEARTBEAT_OLD, b""))
         return None
 
+    def _second_witness(self, peer: Peer, dialect: Dialect) -> None:
+        """A heartbeat tells the dialect too: the opening packets of two of them differ in nothing but the SystemId."""
+        if peer.is_ambiguous and peer.link.dialect != dialect:
+            peer.link.dialect = dialect
+
     def _on_error(self, peer: Peer, packet: _Packet) -> CloseReason | None:
         fields = _frame.unpack(packet[4], "bibb")
-        if fields is None:
+        if fields is None or len(fields[0]) > wire.MAX_TASK_ID_BYTES:
             self.router.refuse(peer.link, self._readable_task_id(packet[4]), ErrorCode.MALFORMED)
             return None
         task_id, code, _, text = fields
@@ -334,7 +339,7 @@ class Broker:
 
     def _on_cancel_query(self, peer: Peer, packet: _Packet) -> CloseReason | None:
         fields = _frame.unpack(packet[4], "b")
-        if fields is None:
+        if fields is None or len(fields[0]) > wire.MAX_TASK_ID_BYTES:
             self.router.refuse(peer.link, b"", ErrorCode.MALFORMED)
         else:
             # Not pending any more is no error: its answer may just be on the way.

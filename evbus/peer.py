@@ -16,6 +16,7 @@ class Peer:
         "connected_at",
         "handshake_text",
         "heard_at",
+        "is_ambiguous",
         "link",
         "name",
         "owner",
@@ -31,6 +32,8 @@ class Peer:
         self.name = ""
         #: The Message of the answer to its handshake, for the case that it asks again.
         self.handshake_text = ""
+        #: Whether its handshake fits two dialects, so that its heartbeat has the last word.
+        self.is_ambiguous = False
         #: The owner's object for the connection (its socket and callbacks).
         self.owner: object = None
         self.connected_at = now
