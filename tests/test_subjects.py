@@ -223,9 +223,9 @@ def quickest(what: Callable[[], object], tries: int = 7) -> float:
     """Seconds that it takes when nothing else disturbs it."""
     best = float("inf")
     for _ in range(tries):
-        start = time.perf_counter()
+        start = time.thread_time()  # what others do on the machine does not count
         what()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.thread_time() - start)
     return best
 
 
@@ -290,16 +290,20 @@ def test_colliding_subjects_are_as_quick_as_others() -> None:
     assert len({djb2(subject) for subject in hostile[:500]}) == 1
     rng = random.Random(4)
     harmless = ["".join(rng.choice("abcdefgh") for _ in range(24)) for _ in hostile]
-    times = []
-    for subjects in (harmless, hostile):
-        table = Table()
-        start = time.perf_counter()
-        interests = [table.add(subject) for subject in subjects] + [table.add(subject + ".*") for subject in subjects]
-        times.append(time.perf_counter() - start + quickest(looker(table, [s.encode() for s in subjects[:2000]])))
-        for interest in interests:
-            table.router.unsubscribe(interest)
-        assert table.size == (0, 0, 0, 0)
-    assert times[1] < 3 * times[0], times
+    times = [float("inf"), float("inf")]
+    for _ in range(3):
+        for kind, subjects in enumerate((harmless, hostile)):
+            table = Table()
+            start = time.thread_time()
+            interests = [table.add(subject) for subject in subjects]
+            interests += [table.add(subject + ".*") for subject in subjects]
+            spent = time.thread_time() - start
+            times[kind] = min(times[kind], spent + quickest(looker(table, [s.encode() for s in subjects[:2000]])))
+            for interest in interests:
+                table.router.unsubscribe(interest)
+            assert table.size == (0, 0, 0, 0)
+    # Were they to collide, each of the 40,000 would be compared with all before it: thousands of times as long.
+    assert times[1] < 10 * times[0], times
 
 
 def test_many_groups_on_one_subject_do_not_cost_their_square() -> None:
