@@ -103,7 +103,7 @@ class User:
                 self.transport.close()
                 self.begin_connecting()
             elif self.transport.established:
-                self.connecting = self.core.attach(self.transport, 3.0)
+                self.connecting = self.core.attach(self.transport, 30.0)
         if self.connecting is not None and self.connecting.done:
             waiter, self.connecting = self.connecting, None
             try:
