@@ -57,6 +57,8 @@ cdef enum:
     LEND_MIN = 8192
     # Deliveries after which one feed stops, so that a publisher with many subscribers cannot hold the loop.
     WORK_PER_FEED = 65536
+    # One node or subscription looked at to find out who gets a message on a new subject, in deliveries.
+    WORK_PER_VISIT = 4
 
     CLOSE_NOT_EVENT_BUS = 4
     CLOSE_PACKET_TOO_LARGE = 6
@@ -605,6 +607,7 @@ cdef class Router:
     cdef entry_t *entry_of(self, span subject) noexcept nogil:
         # NULL: not a valid subject (or no memory for it).
         cdef entry_t *entry = self.last
+        cdef uint64_t visited
         if (
             entry is not NULL and entry.size == subject.size and entry.epoch == self.table.epoch
             and memcmp(entry.key, subject.ptr, subject.size) == 0
@@ -612,9 +615,11 @@ cdef class Router:
             return entry
         entry = self.table.peek(subject.ptr, subject.size)
         if entry is NULL:
-            # find may free entries: the run must not keep one.
+            # find may free entries: the run must not keep one. What it costs counts as work, as a peer chooses the patterns.
             self.run_commit()
+            visited = self.table.visited
             entry = self.table.find(subject.ptr, subject.size)
+            self.work += <int64_t>(self.table.visited - visited) * WORK_PER_VISIT
         self.last = entry
         return entry
 

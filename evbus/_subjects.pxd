@@ -59,6 +59,7 @@ ctypedef struct group_t:
 
 # Who gets a message on one subject. Valid while its entry is (see entry_t).
 ctypedef struct route_t:
+    size_t size             # of this block
     uint32_t receivers      # plain connections and groups
     uint32_t first[DIALECTS + 1]  # plain connections by dialect: plain[first[d]:first[d + 1]]
     uint32_t groups
@@ -111,6 +112,8 @@ cdef class SubjectTable:
     cdef size_t cache_limit
     cdef size_t hand
     cdef uint32_t turn      # where the round robin of the next entry starts
+    cdef readonly size_t route_bytes
+    cdef readonly uint64_t visited  # nodes and subscriptions looked at to make routes: what that cost
     cdef readonly size_t subscriptions
     cdef readonly size_t patterns
     cdef readonly uint64_t resolved
@@ -129,5 +132,6 @@ cdef class SubjectTable:
     cdef int resolve(self, entry_t *entry) noexcept nogil
     cdef int match(self, entry_t *entry) noexcept nogil
     cdef entry_t *insert(self, const uint8_t *p, uint32_t size, uint64_t hash) noexcept nogil
-    cdef void evict(self) noexcept nogil
+    cdef bint evict(self, entry_t *keep) noexcept nogil
+    cdef void drop_route(self, entry_t *entry) noexcept nogil
     cdef void drop_entry(self, entry_t *entry) noexcept nogil

@@ -21,6 +21,10 @@ class SubjectTable:
     @property
     def evicted(self) -> int: ...
     @property
+    def route_bytes(self) -> int: ...
+    @property
+    def visited(self) -> int: ...
+    @property
     def subjects(self) -> int:
         """Exact subjects known, those that are only cached included."""
 

@@ -5,7 +5,8 @@ Exact subjects stand in a hash table; patterns (`*`, `>`) in a token trie whose 
 node costs no table of its own. A lookup ends at an *entry*: the subject's own subscriptions, and its *route*, the merged
 result of both. A route stays until one of its subject's own subscriptions changes or any pattern does (`epoch`), so a busy
 subject costs one lookup whatever the number of patterns. Entries that only cache a match are bounded (`cache_limit`) and
-leave by the clock algorithm (second chance).
+leave by the clock algorithm (second chance). So do routes, also those of subscribed subjects, when all of them together
+take more than `ROUTES_LIMIT`: with thousands of receivers of a pattern, every subject has a route that long.
 
 Hashes are SipHash-1-3 with a random key per table, so that subjects chosen by a peer cannot be made to collide. Matching is
 iterative: its stack is bounded by the 32 tokens that a subject may have, and it visits a node at most once.
@@ -19,6 +20,10 @@ from libc.stdlib cimport calloc, free, malloc, qsort, realloc
 from libc.string cimport memcmp, memcpy, memset
 
 from evbus._frame cimport MAX_TOKENS, SUBJECT_OK, load_u64, subject_check
+
+
+# Memory of all routes together, in bytes. Room for 65,536 subjects with a hundred receivers each.
+cdef size_t ROUTES_LIMIT = 64 * 1024 * 1024
 
 
 # A node of the pattern trie. `tail` are the subscriptions that end in ">" below it.
@@ -280,7 +285,7 @@ cdef class SubjectTable:
             if subject_check(p, size) != SUBJECT_OK:
                 return NULL
             if self.cached >= self.cache_limit:
-                self.evict()
+                self.evict(NULL)
             entry = self.insert(p, size, h)
             if entry is NULL:
                 return NULL
@@ -289,6 +294,9 @@ cdef class SubjectTable:
         if entry.epoch != self.epoch:
             if self.resolve(entry) < 0:
                 return NULL
+            while self.route_bytes > ROUTES_LIMIT:
+                if not self.evict(entry):
+                    break
         return entry
 
     cdef entry_t *insert(self, const uint8_t *p, uint32_t size, uint64_t hash) noexcept nogil:
@@ -308,25 +316,40 @@ cdef class SubjectTable:
 
     cdef void drop_entry(self, entry_t *entry) noexcept nogil:
         hash_remove(&self.entries, entry.hash, entry)
-        free(entry.route)
+        self.drop_route(entry)
         free(entry)
 
-    cdef void evict(self) noexcept nogil:
-        # Second chance: the hand goes round and takes the first cached entry that was not used since it last came by.
+    cdef void drop_route(self, entry_t *entry) noexcept nogil:
+        if entry.route is not NULL:
+            self.route_bytes -= entry.route.size
+            free(entry.route)
+            entry.route = NULL
+            entry.epoch = 0
+
+    cdef bint evict(self, entry_t *keep) noexcept nogil:
+        # Second chance: the hand goes round and takes the first entry that was not used since it last came by. One that is
+        # only cached goes; a subscribed one loses its route, if it is for their memory (`keep` is then the one in use).
+        # Returns False if there is nothing to take.
         cdef entry_t *entry
         cdef size_t steps
         for steps in range(2 * (self.entries.mask + 1)):
             self.hand = (self.hand + 1) & self.entries.mask
             entry = <entry_t *>self.entries.slots[self.hand].item
-            if entry is NULL or entry.subs.count:
+            if entry is NULL or entry == keep:
+                continue
+            if entry.subs.count and (keep is NULL or entry.route is NULL):
                 continue
             if entry.used:
                 entry.used = False
                 continue
-            self.drop_entry(entry)
-            self.cached -= 1
             self.evicted += 1
-            return
+            if entry.subs.count:
+                self.drop_route(entry)
+            else:
+                self.drop_entry(entry)
+                self.cached -= 1
+            return True
+        return False
 
     cdef void invalidate(self) noexcept nogil:
         # Every route is made again when it is next used.
@@ -430,6 +453,7 @@ cdef class SubjectTable:
         top = 1
         while top:
             top -= 1
+            self.visited += 1
             node = nodes[top]
             depth = depths[top]
             if depth == tokens:
@@ -478,6 +502,7 @@ cdef class SubjectTable:
             self.conns_room = found.count
         memset(counts, 0, sizeof(counts))
         self.stamp += 1
+        self.visited += found.count
         for i in range(found.count):
             sub = found.items[i]
             if sub.role == 1:
@@ -495,6 +520,7 @@ cdef class SubjectTable:
             return -1
         route = <route_t *>p
         memset(route, 0, sizeof(route_t))
+        route.size = size
         p += sizeof(route_t)
         route.plain = <conn_t **>p
         p += plain * sizeof(void *)
@@ -531,7 +557,8 @@ cdef class SubjectTable:
             route.group[groups - 1].count += 1
         route.groups = groups
         route.receivers = plain + groups
-        free(entry.route)
+        self.drop_route(entry)
+        self.route_bytes += size
         entry.route = route
         entry.epoch = self.epoch
         return 0

@@ -71,13 +71,13 @@ class _Connection:
             try:
                 got = self.transport.fill(peer.link.inp, peer.link.packet_limit)
             except OSError as error:
-                core.close(peer, CloseReason.CONNECTION_LOST, f" ({error.strerror or error})")
+                self.end(CloseReason.CONNECTION_LOST, f" ({error.strerror or error})")
                 return
             except MemoryError:
-                core.close(peer, CloseReason.INTERNAL_ERROR, " (no memory to read into)")
+                self.end(CloseReason.INTERNAL_ERROR, " (no memory to read into)")
                 return
             if got == 0:
-                core.close(peer, CloseReason.CLIENT_CLOSED)
+                self.end(CloseReason.CLIENT_CLOSED)
                 return
             if got > 0:
                 peer.heard_at = core.set_time()
@@ -85,9 +85,20 @@ class _Connection:
         if mask & EVENT_WRITE and self.peer.link.is_blocked:
             core.on_writable(self.peer)
 
+    def end(self, reason: CloseReason, detail: str = "") -> None:
+        self.core.set_time()
+        self.core.close(self.peer, reason, detail)
+        # Others may have been told of it: those who wait for an answer that only it could give.
+        self.core.after()
+
     def receive(self) -> None:
         core = self.core
-        result = core.broker.receive(self.peer)
+        result: CloseReason | int | None
+        try:
+            result = core.broker.receive(self.peer)
+        except Exception as exc:  # noqa: BLE001 - reported; a fault in the handling of one peer ends that one alone
+            core.reactor.report(exc, self.receive)
+            result = CloseReason.INTERNAL_ERROR
         if result is not None:
             if result == YIELD:
                 self.yielded = True
@@ -208,8 +219,10 @@ class ServerCore:
                 self.broker.router.flush(link)
             except OSError:
                 tell = False
-        # Old C# clients spin on an orderly end of stream, and end properly on a reset (protocol.md, "Closing").
-        reset = reason in _RESET or (link.dialect in (Dialect.H22, Dialect.H23_255))
+        # Old C# clients spin on an orderly end of stream, and end properly on a reset. But a reset would drop what the
+        # system has not sent yet, and a server that stops has promised to deliver it.
+        old = link.dialect in (Dialect.H22, Dialect.H23_255)
+        reset = reason in _RESET or (old and reason is not CloseReason.SERVER_SHUTDOWN)
         self.broker.closed(peer, reason, detail)
         peer.owner = None
         self.reactor.unregister(transport)

@@ -281,7 +281,7 @@ class Maker:
         fields: dict[str, Any] = {"TaskId": number, "Subject": self._subject(), "Buffer": self._payload()}
         if v2:
             fields["Flags"] = rng.choice((0, ref.ALL, ref.NO_ECHO, rng.getrandbits(8)))
-            fields["DeadlineMs"] = rng.choice((0, 5, 50, 1001, 60_000, 60_001, -1, rng.getrandbits(16)))
+            fields["DeadlineMs"] = rng.choice((0, 5, 50, 4007, 60_000, 60_001, -1, rng.getrandbits(16)))
             fields |= {"Codec": rng.randrange(6), "Headers": self._headers()}
         return self._encode(conn, ref.QUERY, 2 if v2 else 1, **fields)
 

@@ -115,7 +115,7 @@ def test_a_planted_bug_is_found_made_small_and_played_again(bug: str, monkeypatc
 # --- rings
 
 
-@settings(max_examples=60, stateful_step_count=60, deadline=None)
+@settings(max_examples=60, stateful_step_count=60)
 class RingMachine(RuleBasedStateMachine):
     """A ring against a bytearray. Sizes around the smallest block force growth and wraps."""
 

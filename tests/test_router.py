@@ -405,6 +405,21 @@ def test_a_feed_stops_after_its_share_of_deliveries() -> None:
     assert [len(plane.sent[link.id]) for link in links] == [2000 * size] * 100
 
 
+def test_a_feed_stops_after_its_share_of_matching() -> None:
+    """Patterns that a peer made up to be costly, and a new subject in every message."""
+    plane = Plane()
+    source, owner = plane.link(), plane.link()
+    for bits in range(4000):
+        name = ".".join("*" if bits >> at & 1 else "t" for at in range(12)) + ".t" * 20
+        plane.interests.append(plane.router.subscribe(owner, name.encode(), bits + 1, 1))
+    source.inp.write(b"".join(publish(ref.EVBUS_2, "t." * 31 + str(index), version=2) for index in range(100)))
+    feeds = 1
+    while plane.router.feed(source) == FEED_YIELD:
+        feeds += 1
+    assert feeds > 50  # each of these subjects is a good deal of the share
+    assert plane.router.published == 100
+
+
 def test_control_packets_come_up_in_order_between_the_others() -> None:
     plane = Plane()
     source, watcher = plane.link(), plane.link(subject="x")

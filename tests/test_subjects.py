@@ -139,7 +139,7 @@ def test_lookup(subs: list[Sub], subjects: list[str]) -> None:
     assert table.table.subscriptions == len(kept)
 
 
-@settings(max_examples=40, stateful_step_count=60, deadline=None)
+@settings(max_examples=40, stateful_step_count=60)
 class TableMachine(RuleBasedStateMachine):
     """Subscriptions that come and go between lookups; the cache holds next to nothing, so that it is always full."""
 
@@ -355,6 +355,31 @@ def test_a_cache_of_one() -> None:
         for subject in ("a.b", "a.c", "x"):
             assert table.lookup(subject) == (([1] if subject != "x" else []), {}, [])
     assert table.table.subjects == 1
+
+
+def test_memory_of_routes_is_bounded_too() -> None:
+    """With many receivers of a pattern, what is remembered of one subject is as long as they are many."""
+    table = Table(links=2000)
+    for link in range(2000):
+        table.add(">", link=link)
+    exact = [table.add(f"exact.{index}") for index in range(3000)]
+    before = table.table.evicted
+    for index in range(3000):
+        for subject in (f"once.{index}", f"exact.{index}"):
+            plain, _, _ = table.table.lookup(subject.encode())
+            assert len(plain) == 2000
+        assert table.table.route_bytes <= 64 << 20
+    assert table.table.evicted > before
+    assert table.table.route_bytes > 32 << 20
+    # The subscribed ones that lost their route are found again, and all is given back.
+    assert all(len(table.table.lookup(f"exact.{index}".encode())[0]) == 2000 for index in range(0, 3000, 100))
+    for interest in exact:
+        table.router.unsubscribe(interest)
+    table.kept.clear()
+    for index in range(3000):
+        table.lookup(f"once.{index}")
+    assert table.table.subscriptions == 0
+    assert table.table.route_bytes < 3000 * 200
 
 
 def test_churn_gives_everything_back() -> None:
