@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import sys
 import threading
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from evbus.errors import ConfigError
 from evbus.limits import Limits
 from evbus.reactor import Reactor
 from evbus.server_core import ServerCore
-from evbus.transport import TcpTransport, format_address, listen_tcp
+from evbus.transport import TcpTransport, format_address, listen_tcp, listen_unix, remove_unix
 
 if TYPE_CHECKING:
     import socket
@@ -43,8 +44,9 @@ class EventServer:
             print(server.address)
 
     Args:
-        host: name or numeric address to listen on; loopback by default.
+        host: name or numeric address to listen on; loopback by default. None: no TCP, only `unix`.
         port: TCP port; 0 takes a free one (see `port` after `start`).
+        unix: path of a Unix domain socket to listen on as well; only this user may connect to it (0600).
         limits: what peers are granted; `Limits()` by default.
         allow_anonymous_network: must be True to listen on an address that other machines can reach, as anyone there
         could
@@ -59,14 +61,19 @@ class EventServer:
 
     def __init__(
         self,
-        host: str = "127.0.0.1",
+        host: str | None = "127.0.0.1",
         port: int = DEFAULT_PORT,
         *,
+        unix: str | os.PathLike[str] | None = None,
         limits: Limits | None = None,
         allow_anonymous_network: bool = False,
         drain: float = 5.0,
     ) -> None:
-        if not isinstance(host, str):
+        if unix is not None and (not isinstance(unix, (str, os.PathLike)) or not os.fspath(unix)):
+            raise ConfigError("unix", f"must be the path of a socket, not {unix!r}")
+        if host is None and unix is None:
+            raise ConfigError("host", "may be None (no TCP) only if `unix` is given")
+        if host is not None and not isinstance(host, str):
             raise ConfigError("host", f"must be text, not {type(host).__name__}")
         if type(port) is not int or not 0 <= port <= 65535:
             raise ConfigError("port", f"must be 0 to 65535 (0 takes a free one), not {port!r}")
@@ -76,6 +83,8 @@ class EventServer:
             raise ConfigError("drain", f"must be a number of seconds from 0 up, not {drain!r}")
         self._host = host
         self._port = port
+        self._unix = os.fspath(unix) if unix is not None else None
+        self._unix_inode = 0
         self._limits = limits if limits is not None else Limits()
         self._allow_anonymous_network = allow_anonymous_network
         self._drain = float(drain)
@@ -152,8 +161,12 @@ class EventServer:
 
     @property
     def address(self) -> str:
-        """Where it listens, "host:port"; of several addresses the first. The one asked for while it does not run."""
-        return self._addresses[0] if self._addresses else format_address((self._host, self._port))
+        """Where it listens, "host:port" or the path of its socket; of several the first. The one asked for while it
+        does not run.
+        """
+        if self._addresses:
+            return self._addresses[0]
+        return format_address((self._host, self._port)) if self._host is not None else str(self._unix)
 
     @property
     def addresses(self) -> list[str]:
@@ -178,14 +191,19 @@ class EventServer:
     # ---- inside ----------------------------------------------------------------------------------------------------
 
     def _port_now(self) -> int:
-        return int(self._addresses[0].rpartition(":")[2]) if self._addresses else self._port
+        if self._host is None or not self._addresses:
+            return self._port
+        return int(self._addresses[0].rpartition(":")[2])
 
     def _open(self) -> None:
         if not self._stopped.is_set():
             raise ConfigError("start", "the server runs already; stop() it first")
-        listeners = listen_tcp(self._host, self._port)
+        listeners = listen_tcp(self._host, self._port) if self._host is not None else []
         try:
             self._refuse_public(listeners)
+            if self._unix is not None:
+                listeners.append(listen_unix(self._unix))
+                self._unix_inode = os.lstat(self._unix).st_ino
             reactor = Reactor()
         except BaseException:
             for listener in listeners:
@@ -241,6 +259,8 @@ class EventServer:
             core.when_gone(reactor.stop)
             return
         acceptor.close()
+        if self._unix is not None:
+            remove_unix(self._unix, self._unix_inode)
         _log.info("stopping: %d connections, up to %.1f s for what is in flight", len(core.broker.peers), seconds)
         core.drain(seconds, reactor.stop)
 
@@ -264,6 +284,8 @@ class EventServer:
         assert acceptor is not None
         assert reactor is not None
         acceptor.close()
+        if self._unix is not None:
+            remove_unix(self._unix, self._unix_inode)
         core.close_all()
         lost = core.broker.undelivered_bytes
         stats = core.broker.stats()

@@ -11,7 +11,9 @@ transport is only good for `abort` or `close`.
 from __future__ import annotations
 
 import errno
+import os
 import socket
+import stat
 import struct
 import sys
 from contextlib import suppress
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
     from evbus._frame import Ring
 
-__all__ = ["TcpTransport", "Transport", "accept", "format_address", "listen_tcp"]
+__all__ = ["TcpTransport", "Transport", "accept", "format_address", "listen_tcp", "listen_unix", "remove_unix"]
 
 
 class Transport(Protocol):
@@ -255,6 +257,77 @@ def _listen_one(family: int, address: tuple[object, ...], backlog: int) -> socke
         listener.close()
         raise
     return listener
+
+
+def listen_unix(path: str, backlog: int = 1024) -> socket.socket:
+    """Listen on a Unix domain socket that only this user may connect to (0600).
+
+    Args:
+        path: where the socket's file is made. One that a server left behind is removed; anything else there is an
+            error.
+        backlog: connections that the system keeps until they are accepted.
+
+    Returns:
+        A nonblocking listener. Its file is the caller's to remove: `remove_unix`.
+
+    Raises:
+        ServerStartError: names the path, what is wrong, and the way out.
+    """
+    if not hasattr(socket, "AF_UNIX"):
+        raise ServerStartError(path, "this system has no Unix domain sockets", "listen on a TCP port instead")
+    if not path or "\0" in path:
+        raise ServerStartError(repr(path), "this is no path of a file")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        try:
+            listener.bind(path)
+        except OSError as exc:
+            if exc.errno != errno.EADDRINUSE:
+                raise
+            _remove_stale(path)
+            listener.bind(path)
+        # Before listen: nobody can connect in between.
+        os.chmod(path, 0o600)
+        listener.listen(backlog)
+        listener.setblocking(False)
+    except OSError as exc:
+        listener.close()
+        hint = ""
+        if exc.errno == errno.EADDRINUSE:
+            hint = "another server listens there, or the path is no socket: stop it, or choose another path"
+        elif exc.errno is None:
+            hint = "paths of Unix sockets have about 100 bytes at most"
+        raise ServerStartError(path, exc.strerror or str(exc), hint, exc.errno) from exc
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the file of a socket that nobody listens on any more. Raises OSError EADDRINUSE if it is not that."""
+    in_use = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise in_use
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except OSError:
+            pass  # somebody is there, if not quick to answer
+    raise in_use
+
+
+def remove_unix(path: str, inode: int) -> None:
+    """Remove the file of a closed listener, unless another server has put its own there meanwhile."""
+    try:
+        if os.lstat(path).st_ino == inode:
+            os.unlink(path)
+    except OSError:
+        pass  # gone already
 
 
 def _start_error(where: str, exc: OSError) -> ServerStartError:
