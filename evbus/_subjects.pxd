@@ -125,6 +125,7 @@ cdef class SubjectTable:
 
     cdef uint64_t hash(self, const uint8_t *p, size_t size) noexcept nogil
     cdef entry_t *peek(self, const uint8_t *p, uint32_t size) noexcept nogil
+    cdef entry_t *probe(self, const uint8_t *p, uint32_t size, uint64_t hash) noexcept nogil
     cdef entry_t *find(self, const uint8_t *p, uint32_t size) noexcept nogil
     cdef int add(self, sub_t *sub, const uint8_t *p, uint32_t size) noexcept nogil
     cdef void remove(self, sub_t *sub) noexcept nogil

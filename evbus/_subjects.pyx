@@ -133,20 +133,25 @@ cdef void hash_remove(hash_t *table, uint64_t hash, void *item) noexcept nogil:
     table.count -= 1
 
 
-cdef int subs_add(subs_t *subs, sub_t *sub) noexcept nogil:
+cdef int subs_append(subs_t *subs, sub_t *sub, uint32_t first_room) noexcept nogil:
     cdef uint32_t room
     cdef sub_t **items
     if subs.count == subs.room:
-        room = 1 if subs.room == 0 else subs.room * 2
+        room = first_room if subs.room == 0 else subs.room * 2
         items = <sub_t **>realloc(subs.items, room * sizeof(sub_t *))
         if items is NULL:
             return -1
         subs.items = items
         subs.room = room
-    sub.index = subs.count
     subs.items[subs.count] = sub
     subs.count += 1
     return 0
+
+
+cdef int subs_add(subs_t *subs, sub_t *sub) noexcept nogil:
+    # The list is the subscription's home: most have one member only.
+    sub.index = subs.count
+    return subs_append(subs, sub, 1)
 
 
 cdef void subs_remove(subs_t *subs, sub_t *sub) noexcept nogil:
@@ -159,26 +164,11 @@ cdef void subs_remove(subs_t *subs, sub_t *sub) noexcept nogil:
         subs.room = 0
 
 
-cdef int found_add(subs_t *found, sub_t *sub) noexcept nogil:
-    # As subs_add, for the scratch list of resolve: leaves the subscription's own place alone.
-    cdef uint32_t room
-    cdef sub_t **items
-    if found.count == found.room:
-        room = 64 if found.room == 0 else found.room * 2
-        items = <sub_t **>realloc(found.items, room * sizeof(sub_t *))
-        if items is NULL:
-            return -1
-        found.items = items
-        found.room = room
-    found.items[found.count] = sub
-    found.count += 1
-    return 0
-
-
 cdef int found_all(subs_t *found, subs_t *subs) noexcept nogil:
+    # Into the scratch list of resolve; the subscriptions' own places stay.
     cdef uint32_t i
     for i in range(subs.count):
-        if found_add(found, subs.items[i]) < 0:
+        if subs_append(found, subs.items[i], 64) < 0:
             return -1
     return 0
 
@@ -245,24 +235,27 @@ cdef class SubjectTable:
 
     cdef entry_t *peek(self, const uint8_t *p, uint32_t size) noexcept nogil:
         # The hot lookup: the entry of a subject whose route is up to date, else NULL (then use find). Changes nothing.
-        cdef uint64_t h
+        cdef entry_t *entry = self.probe(p, size, siphash13(self.key0, self.key1, p, size))
+        if entry is NULL or entry.epoch != self.epoch:
+            return NULL
+        entry.used = True
+        return entry
+
+    cdef entry_t *probe(self, const uint8_t *p, uint32_t size, uint64_t hash) noexcept nogil:
+        # The entry of a subject with that hash, or NULL.
         cdef size_t k
         cdef slot_t *slot
         cdef entry_t *entry
         if self.entries.slots is NULL:
             return NULL
-        h = siphash13(self.key0, self.key1, p, size)
-        k = h & self.entries.mask
+        k = hash & self.entries.mask
         while True:
             slot = &self.entries.slots[k]
             if slot.item is NULL:
                 return NULL
-            if slot.hash == h:
+            if slot.hash == hash:
                 entry = <entry_t *>slot.item
                 if entry.size == size and memcmp(entry.key, p, size) == 0:
-                    if entry.epoch != self.epoch:
-                        return NULL
-                    entry.used = True
                     return entry
             k = (k + 1) & self.entries.mask
 
@@ -270,17 +263,7 @@ cdef class SubjectTable:
         # The entry of a subject, made and resolved if need be. NULL: the subject is not valid, or memory is short.
         # May evict other entries that are only cached.
         cdef uint64_t h = siphash13(self.key0, self.key1, p, size)
-        cdef size_t k
-        cdef entry_t *entry = NULL
-        if self.entries.slots is not NULL:
-            k = h & self.entries.mask
-            while self.entries.slots[k].item is not NULL:
-                if self.entries.slots[k].hash == h:
-                    entry = <entry_t *>self.entries.slots[k].item
-                    if entry.size == size and memcmp(entry.key, p, size) == 0:
-                        break
-                entry = NULL
-                k = (k + 1) & self.entries.mask
+        cdef entry_t *entry = self.probe(p, size, h)
         if entry is NULL:
             if subject_check(p, size) != SUBJECT_OK:
                 return NULL
@@ -358,7 +341,6 @@ cdef class SubjectTable:
     cdef int add(self, sub_t *sub, const uint8_t *p, uint32_t size) noexcept nogil:
         # Adds a subscription to a subject or pattern that subject_check found valid. Returns -1 when memory is short.
         cdef uint64_t h
-        cdef size_t k
         cdef entry_t *entry = NULL
         cdef node_t *node
         cdef node_t *child
@@ -366,15 +348,7 @@ cdef class SubjectTable:
         cdef subs_t *home
         if subject_check(p, size) == SUBJECT_OK:
             h = siphash13(self.key0, self.key1, p, size)
-            if self.entries.slots is not NULL:
-                k = h & self.entries.mask
-                while self.entries.slots[k].item is not NULL:
-                    if self.entries.slots[k].hash == h:
-                        entry = <entry_t *>self.entries.slots[k].item
-                        if entry.size == size and memcmp(entry.key, p, size) == 0:
-                            break
-                    entry = NULL
-                    k = (k + 1) & self.entries.mask
+            entry = self.probe(p, size, h)
             if entry is NULL:
                 entry = self.insert(p, size, h)
                 if entry is NULL:
