@@ -17,7 +17,14 @@ cdef class Batch:
     cdef readonly bint plain
 
 
+cdef class Tally:
+    cdef readonly uint64_t handled
+    cdef readonly uint64_t dropped
+    cdef readonly uint64_t errors
+
+
 cdef class Mailbox:
+    cdef Tally tally
     cdef readonly int32_t sid
     cdef readonly object owner
     cdef public object wake
@@ -42,4 +49,5 @@ cdef class Mailbox:
 
     cdef size_t begun(self)
     cdef int put(self, Message message) except -1
+    cdef void drop(self) noexcept
     cdef int drop_oldest(self) except -1

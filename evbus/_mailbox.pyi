@@ -24,6 +24,14 @@ class Batch:
     def __next__(self) -> Message: ...
 
 @final
+class Tally:
+    """What all mailboxes of a client have counted together, those that are gone included."""
+
+    handled: int
+    dropped: int
+    errors: int
+
+@final
 class Mailbox:
     """The messages that wait for one subscription, within its limits.
 
@@ -36,6 +44,7 @@ class Mailbox:
         max_msgs, max_bytes: what may wait; a message that is alone is always taken.
         overflow: one of the OVERFLOW_ constants.
         concurrency: how many workers may take from it at a time. With one, order is kept.
+        tally: counts along.
     """
 
     sid: int
@@ -57,6 +66,7 @@ class Mailbox:
         owner: object,
         sid: int,
         *,
+        tally: Tally | None = None,
         max_msgs: int = 524288,
         max_bytes: int = 134217728,
         overflow: int = 0,

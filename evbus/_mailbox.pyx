@@ -45,6 +45,11 @@ cdef class Batch:
 
 
 @cython.final
+cdef class Tally:
+    """What all mailboxes of a client have counted together, those that are gone included."""
+
+
+@cython.final
 cdef class Mailbox:
     """The messages that wait for one subscription, within its limits.
 
@@ -57,11 +62,13 @@ cdef class Mailbox:
         max_msgs, max_bytes: what may wait; a message that is alone is always taken.
         overflow: one of the OVERFLOW_ constants.
         concurrency: how many workers may take from it at a time. With one, order is kept.
+        tally: counts along.
     """
 
-    def __init__(self, owner, int32_t sid, *, size_t max_msgs=524288, size_t max_bytes=128 * 1024 * 1024,
+    def __init__(self, owner, int32_t sid, *, Tally tally=None, size_t max_msgs=524288, size_t max_bytes=128 * 1024 * 1024,
                  int overflow=OVER_CLOSE, int concurrency=1):
         self.owner = owner
+        self.tally = tally if tally is not None else Tally()
         self.sid = sid
         self.max_msgs = max_msgs
         self.max_bytes = max_bytes
@@ -106,23 +113,23 @@ cdef class Mailbox:
         if message.raw_headers is not None:
             cost += <size_t>PyBytes_GET_SIZE(message.raw_headers)
         if self.ended:
-            self.dropped += 1
+            self.drop()
             return 1
         if self.msgs and (
             (self.msgs >= self.max_msgs and self.msgs - self.begun() >= self.max_msgs)
             or self.size + cost > self.max_bytes
         ):
             if self.overflow == OVER_CLOSE:
-                self.dropped += 1
+                self.drop()
                 self.ended = self.overflowed = True
                 return 2
             if self.overflow == OVER_DROP_NEWEST or cost > self.max_bytes:
-                self.dropped += 1
+                self.drop()
                 return 1
             while self.msgs and (self.msgs - self.begun() >= self.max_msgs or self.size + cost > self.max_bytes):
                 if not self.drop_oldest():
                     # The rest is in the hands of workers.
-                    self.dropped += 1
+                    self.drop()
                     return 1
             tail = self.tail
         if tail is None or <size_t>len(tail.items) >= self.batch_msgs or tail.size >= BATCH_BYTES:
@@ -139,6 +146,10 @@ cdef class Mailbox:
         self.size += cost
         self.received += 1
         return 0
+
+    cdef void drop(self) noexcept:
+        self.dropped += 1
+        self.tally.dropped += 1
 
     cdef int drop_oldest(self) except -1:
         # Drops the oldest message that no worker has taken; 0 if there is none.
@@ -160,7 +171,7 @@ cdef class Mailbox:
                 self.tail = None
         self.size -= cost
         self.msgs -= 1
-        self.dropped += 1
+        self.drop()
         return 1
 
     def take(self, Batch done=None):
@@ -175,6 +186,7 @@ cdef class Mailbox:
             self.msgs -= <size_t>len(done.items)
             self.size -= done.size
             self.handled += done.taken
+            self.tally.handled += done.taken
             done.items = []
         if not self.batches:
             self.workers -= 1
@@ -188,6 +200,7 @@ cdef class Mailbox:
     def count_error(self):
         """A worker reports that its handler failed."""
         self.errors += 1
+        self.tally.errors += 1
 
     def end(self):
         """Take no more messages in. Those that wait can still be taken."""
@@ -210,5 +223,6 @@ cdef class Mailbox:
         self.msgs = 0
         self.size = 0
         self.handled += begun
+        self.tally.handled += begun
         self.discarded += count
         return count

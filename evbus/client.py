@@ -1,22 +1,21 @@
 """The synchronous client: a thin shell that waits and wakes. What is said and heard is the session's business.
 
-Threads. One thread per connected client moves bytes and runs no user code. Handlers and callbacks run on worker
-threads, one per subscription that has something to do; idle ones go after some seconds. All threads are daemons.
+Threads. A connected client has a pool of threads. One of them moves bytes; handlers and callbacks run on the others,
+one per subscription that has something to do. The parts change hands (see `io_thread`), but the thread that reads never
+runs user code. Idle threads go after some seconds. All are daemons.
 
 A client does not survive `os.fork()`: connect in the process that uses it.
 """
 
 from __future__ import annotations
 
-import atexit
 import logging
 import threading
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from evbus._clock import SystemClock
 from evbus._inbox import Waiter
@@ -25,7 +24,7 @@ from evbus.correlation import Notify
 from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, check_address, dial_tcp, parse_url
 from evbus.errors import ClientClosedError, CodecError, EvbusError
 from evbus.io_thread import IoThread
-from evbus.message import ClientStats, ConnectStatus, Receipt
+from evbus.message import ClientOptions, ClientStats, ConnectStatus, Receipt
 from evbus.options import ClientLimits, SessionOptions, check_timeout
 from evbus.payload import OMITTED, codec_from_name, encode, make_decoder
 from evbus.plan import Interest
@@ -37,6 +36,9 @@ from evbus.waiting import Waiting
 from evbus.wire import Codec
 from evbus.workers import SerialQueue, WorkerPool
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["EventClient", "connect"]
 
 T = TypeVar("T")
@@ -45,12 +47,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 _log = logging.getLogger("evbus.client")
 
 _BYTES = int(Codec.BYTES)
-# What an interpreter that ends without `disconnect` gives the last messages of a client.
-_LAST_FLUSH_S = 1.0
 # What stands for "no limit" where the time has to be counted.
 _LONG_S = 3600.0 * 24 * 365
-
-_open_clients: weakref.WeakSet[EventClient] = weakref.WeakSet()
 
 
 class EventClient:
@@ -109,7 +107,7 @@ class EventClient:
         self._waiting = Waiting(self._session)
         self._session.answers.send = lambda sending: self._waiting.push(sending, None)
         self._pack_event = self._session.outbox.pack_event
-        self._io = IoThread(self._session)
+        self._io = IoThread(self._session, self._pool)
         self._life = threading.RLock()  # connect and disconnect, one at a time
         self._subscriptions: dict[Interest, Subscription] = {}
 
@@ -148,7 +146,6 @@ class EventClient:
                 self._io.stop()
                 self._session.connect_failed(exc)
                 raise
-            _open_clients.add(self)
         return self
 
     def disconnect(self, drain: bool = True, timeout: float = 5.0) -> None:
@@ -176,7 +173,6 @@ class EventClient:
                 subscription._ended()
             self._subscriptions.clear()
             self._pool.close()
-            _open_clients.discard(self)
 
     def _drain(self, deadline: float) -> None:
         with suppress(EvbusError):  # no time left, or no connection: then there is nothing more to do
@@ -306,8 +302,10 @@ class EventClient:
         Returns when the server has confirmed; no handler call begins after that, and what was waiting is discarded. If
         there is no such subscription nothing happens.
         """
+        found: list[tuple[Interest, Subscription]] = []
         if isinstance(subject, Subscription):
-            found = [item for item in list(self._subscriptions.items()) if item[1] is subject]
+            if subject.interest in self._subscriptions:
+                found = [(subject.interest, subject)]
         else:
             found = [
                 (interest, subscription)
@@ -318,7 +316,7 @@ class EventClient:
             self._end(interest, subscription)
 
     def _subscribe(self, subject: str, handler: Handler | None, wishes: Wishes) -> Subscription:
-        subscription = Subscription.make(self._session, subject, handler, wishes, self._pool.submit, self.unsubscribe)
+        subscription = Subscription.make(self._session, subject, handler, wishes, self._io.submit, self.unsubscribe)
         interest = subscription.interest
         self._subscriptions[interest] = subscription
         try:
@@ -482,47 +480,18 @@ class EventClient:
 
 
 def connect(
-    url: str = f"evbus://{DEFAULT_HOST}:{DEFAULT_PORT}",
-    *,
-    timeout: float = 3.0,
-    name: str | None = None,
-    auth: str | None = None,
-    codec: str = "msgpack",
-    heartbeat: float = 5.0,
-    limits: ClientLimits | None = None,
-    on_error: Callable[[BaseException, Message | None], object] | None = None,
-    on_status: Callable[[ConnectStatus], object] | None = None,
+    url: str = f"evbus://{DEFAULT_HOST}:{DEFAULT_PORT}", *, timeout: float = 3.0, **options: Unpack[ClientOptions]
 ) -> EventClient:
     """A connected client.
 
     Args:
         url: `evbus://host:port`; the scheme and the port may be left out.
         timeout: seconds for connecting.
-        name, auth, codec, heartbeat, limits, on_error, on_status: as for EventClient.
+        options: as for EventClient.
 
     Raises:
         ConfigError: the URL or an option makes no sense.
         ConnectError, NotEventServerError, AuthError: as for `EventClient.connect`.
     """
     host, port = parse_url(url)
-    client = EventClient(
-        host,
-        port,
-        name=name,
-        auth=auth,
-        codec=codec,
-        heartbeat=heartbeat,
-        limits=limits,
-        on_error=on_error,
-        on_status=on_status,
-    )
-    return client.connect(timeout)
-
-
-@atexit.register
-def _last_flush() -> None:
-    """Give the last messages of clients that were never disconnected a chance to leave."""
-    for client in list(_open_clients):
-        if client.stats().pending_bytes:
-            with suppress(EvbusError):
-                client.flush(_LAST_FLUSH_S)
+    return EventClient(host, port, **options).connect(timeout)

@@ -1,7 +1,14 @@
-"""The one thread of a client that moves bytes. It runs a reactor and no user code."""
+"""What moves a client's bytes: a reactor that is always run by one of the worker threads.
+
+Whoever reads a message that a handler waits for gives the reactor to another thread and runs the handler itself. So
+user
+code never holds up the reading, and yet a message reaches its handler without waiting for a thread to wake up: the
+thread that has to wake up is the one that goes on reading.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -9,44 +16,100 @@ from typing import TypeVar
 from evbus.client_core import ClientCore
 from evbus.reactor import Reactor
 from evbus.session import Session
+from evbus.workers import Job, WorkerPool
 
 __all__ = ["IoThread"]
 
 T = TypeVar("T")
 
+_log = logging.getLogger("evbus.client")
+
+# When the system gives no thread, this is when we ask again.
+_RETRY_S = 0.1
+
 
 class IoThread:
-    """Starts and stops the thread; makes calls on it. Start and stop are for one thread at a time."""
+    """Starts and stops the reactor; makes calls on its thread. Start and stop are for one thread at a time."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, pool: WorkerPool) -> None:
         self._session = session
+        self._pool = pool
         self._reactor: Reactor | None = None
         self._core: ClientCore | None = None
-        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+        self._stopping = False
+        self._reader = 0  # the thread that runs the reactor
+        self._kept: Job | None = None  # what that thread will do next
 
     def start(self) -> ClientCore:
-        """The core, on a running thread; it may run already."""
+        """The core, on a running reactor; it may run already."""
         if self._core is None:
             self._reactor = Reactor()
             self._core = ClientCore(self._reactor, self._session)
-            self._thread = threading.Thread(target=self._reactor.run, name="evbus-io", daemon=True)
-            self._thread.start()
+            self._stopping = False
+            self._ended.clear()
+            self._pool.submit(self._read, counts=False)
         return self._core
 
     def stop(self) -> None:
-        """End the connection and the thread; nothing happens if it does not run."""
-        core, reactor, thread = self._core, self._reactor, self._thread
-        if core is None or reactor is None or thread is None:
+        """End the connection and the reactor; nothing happens if it does not run."""
+        core, reactor = self._core, self._reactor
+        if core is None or reactor is None:
             return
         while not self.call(core.close):
             pass  # a thread that publishes is on its way out of the transport
+        self._stopping = True
         reactor.stop()
-        thread.join()
+        self._ended.wait()
         reactor.close()
-        self._core = self._reactor = self._thread = None
+        self._core = self._reactor = None
+
+    def submit(self, job: Job) -> None:
+        """Run a handler's job soon, on a thread where user code may run.
+
+        Raises:
+            RuntimeError: the system gives no more threads; the job was not taken.
+        """
+        if self._kept is None and self._reader == threading.get_ident():
+            self._pool.begin()
+            self._kept = job
+        else:
+            self._pool.submit(job)
+
+    def _read(self) -> None:
+        """Run the reactor, on a thread of the pool, until there is a job for this thread."""
+        reactor = self._reactor
+        assert reactor is not None
+        self._reader = threading.get_ident()
+        while not self._stopping:
+            reactor.run_once()
+            job, self._kept = self._kept, None
+            if job is not None and self._hand_over(reactor, job):
+                return
+        self._reader = 0
+        self._ended.set()
+
+    def _hand_over(self, reactor: Reactor, job: Job) -> bool:
+        """Give the reactor to another thread and do a job. False if there is no thread to be had: then nothing is done
+        and the job comes up again.
+        """
+        self._reader = 0
+        try:
+            self._pool.submit(self._read, counts=False)
+        except RuntimeError as exc:
+            self._reader = threading.get_ident()
+            self._pool.end()
+            _log.error("no thread to read on while a handler runs (%s); trying again", exc)
+            reactor.call_later(_RETRY_S, lambda: self.submit(job))
+            return False
+        try:
+            job()
+        finally:
+            self._pool.end()
+        return True
 
     def call(self, function: Callable[[], T]) -> T:
-        """Make a call on the thread and return, or raise, what it does."""
+        """Make a call on the reactor's thread and return, or raise, what it does."""
         assert self._reactor is not None
         done = threading.Lock()
         done.acquire()

@@ -1,13 +1,16 @@
-"""The values that a client hands to its user: messages, receipts, statuses, statistics."""
+"""What passes between a client and its user: messages, receipts, statuses, statistics, options."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypedDict
 
 from evbus._message import Message
+from evbus.options import ClientLimits
 
-__all__ = ["ClientStats", "ConnectStatus", "Message", "Receipt"]
+__all__ = ["ClientOptions", "ClientStats", "ConnectStatus", "Message", "Receipt"]
 
 
 class ConnectStatus(Enum):
@@ -74,3 +77,15 @@ class ClientStats:
     """Bytes in the outgoing buffer now."""
     pending_msgs: int
     """Messages that wait for handlers now."""
+
+
+class ClientOptions(TypedDict, total=False):
+    """What `EventClient` takes besides the address, for functions that pass it on."""
+
+    name: str | None
+    auth: str | None
+    codec: str
+    heartbeat: float
+    limits: ClientLimits | None
+    on_error: Callable[[BaseException, Message | None], object] | None
+    on_status: Callable[[ConnectStatus], object] | None

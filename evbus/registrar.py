@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 from evbus._frame import pack
 from evbus._inbox import Inbox, Waiter
-from evbus._mailbox import Mailbox
+from evbus._mailbox import Mailbox, Tally
 from evbus._outbox import PACK_OK
 from evbus.correlation import Correlation, Notify
 from evbus.errors import EvbusError, RefusedError, SlowConsumerError
@@ -30,6 +30,7 @@ class Registrar:
 
     Attributes:
         plan: the interests.
+        tally: to be given to all mailboxes.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Registrar:
         report: Callable[[BaseException], object],
     ) -> None:
         self.plan = plan
+        self.tally = Tally()
         self._correlation = correlation
         self._inbox: Inbox = correlation.inbox
         self._outbox = correlation.outbox
@@ -47,10 +49,6 @@ class Registrar:
         self._report = report
         self._sids = itertools.count(1)
         self._asked: dict[bytes, Interest] = {}  # subscribes that the server has not answered, by their ids
-        self._leaving: list[Mailbox] = []
-        self._gone_handled = 0
-        self._gone_dropped = 0
-        self._gone_errors = 0
 
     def new_sid(self) -> int:
         """An id for a subscription."""
@@ -205,24 +203,9 @@ class Registrar:
         box = interest.mailbox
         self._inbox.remove_mailbox(box)
         box.end()
-        # A worker may still be at its messages: its counters are taken when it has ended.
-        self._leaving.append(box)
         return last
 
-    def totals(self) -> tuple[int, int, int, int]:
-        """Messages handled, messages dropped and handlers failed since the client was made, and messages that wait
-        now.
-        """
-        with self._lock:
-            for box in [box for box in self._leaving if box.is_idle]:
-                self._leaving.remove(box)
-                self._gone_handled += box.handled
-                self._gone_dropped += box.dropped
-                self._gone_errors += box.errors
-            boxes = [*self._leaving, *(interest.mailbox for interest in self.plan)]
-            return (
-                self._gone_handled + sum(box.handled for box in boxes),
-                self._gone_dropped + sum(box.dropped for box in boxes),
-                self._gone_errors + sum(box.errors for box in boxes),
-                sum(box.pending_msgs for box in boxes),
-            )
+    @property
+    def pending_msgs(self) -> int:
+        """Messages that wait for handlers now."""
+        return sum(interest.mailbox.pending_msgs for interest in self.plan)

@@ -432,14 +432,13 @@ class Session:
 
     def stats(self) -> ClientStats:
         """Counters, and what waits now. Any thread."""
-        handled, dropped, errors, pending_msgs = self.registrar.totals()
-        inbox = self.inbox
+        tally, inbox = self.registrar.tally, self.inbox
         return ClientStats(
             published=self.outbox.packed_msgs,
             received=inbox.received_msgs,
-            handled=handled,
-            handler_errors=errors,
-            dropped=dropped,
+            handled=tally.handled,
+            handler_errors=tally.errors,
+            dropped=tally.dropped,
             server_errors=self.reports.server_errors,
             missed=self.control.missed,
             late_answers=self.control.late_answers + inbox.late_answers,
@@ -448,5 +447,5 @@ class Session:
             subscriptions=len(self.plan),
             pending_queries=inbox.waiting,
             pending_bytes=self.outbox.pending_bytes,
-            pending_msgs=pending_msgs,
+            pending_msgs=self.registrar.pending_msgs,
         )

@@ -104,6 +104,7 @@ class Subscription:
         mailbox = interest.mailbox = Mailbox(
             interest,
             interest.sid,
+            tally=session.registrar.tally,
             max_msgs=_positive("max_pending_msgs", wishes.max_pending_msgs, limits.pending_msgs),
             max_bytes=_positive("max_pending_bytes", wishes.max_pending_bytes, limits.pending_bytes),
             overflow=_OVERFLOWS[wishes.overflow],

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from evbus._inbox import Waiter
 from evbus.correlation import Notify, Sending
-from evbus.errors import BufferFullError
+from evbus.errors import BufferFullError, EvbusError
 from evbus.session import Session
 
 __all__ = ["Waiting"]
+
+# What an interpreter that ends without `disconnect` gives a client's last messages.
+_LAST_FLUSH_S = 1.0
 
 
 class Waiting:
@@ -23,6 +29,7 @@ class Waiting:
         self._outbox = session.outbox
         self._room = threading.Condition()
         self._outbox.on_room = self._on_room
+        _all.add(self)
 
     def outcome(self, start: Callable[[Notify], Waiter | None], seconds: float | None) -> Any:
         """Start a request and wait for its outcome.
@@ -78,3 +85,18 @@ class Waiting:
             self._session.correlation.abandon(waiter)
             raise
         return waiter.result()
+
+    def last_flush(self) -> None:
+        """The interpreter ends: if the client was never disconnected, give its last messages a chance to leave."""
+        if self._session.is_connected:
+            with suppress(EvbusError):
+                self.outcome(self._session.flush, _LAST_FLUSH_S)
+
+
+_all: weakref.WeakSet[Waiting] = weakref.WeakSet()
+
+
+@atexit.register
+def _last_flush() -> None:
+    for waiting in list(_all):
+        waiting.last_flush()

@@ -7,20 +7,24 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-__all__ = ["SerialQueue", "WorkerPool"]
+__all__ = ["LINGER_S", "Job", "SerialQueue", "WorkerPool"]
 
 _log = logging.getLogger("evbus.client")
 
 Job = Callable[[], object]
 
+#: Seconds that an idle thread waits for another job before it goes.
+LINGER_S = 5.0
+
 
 class _Worker:
-    """One thread: its next job, and the lock it sleeps on."""
+    """One thread: its next job, whether that counts as busy, and the lock it sleeps on."""
 
-    __slots__ = ("job", "wake")
+    __slots__ = ("counts", "job", "wake")
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, counts: bool) -> None:
         self.job: Job | None = job
+        self.counts = counts
         self.wake = threading.Lock()
         self.wake.acquire()
 
@@ -33,12 +37,12 @@ class WorkerPool:
 
     Args:
         name: prefix of the threads' names.
-        linger_s: how long an idle thread waits for another job.
+        linger_s: how long an idle thread waits for another job; LINGER_S by default.
     """
 
-    def __init__(self, name: str, linger_s: float = 5.0) -> None:
+    def __init__(self, name: str, linger_s: float | None = None) -> None:
         self._name = name
-        self._linger_s = linger_s
+        self._linger_s = LINGER_S if linger_s is None else linger_s
         self._idle: list[_Worker] = []
         self._busy = 0
         self._count = threading.Condition()
@@ -53,34 +57,49 @@ class WorkerPool:
 
     @property
     def busy(self) -> int:
-        """Number of jobs at work."""
+        """Number of jobs at work, of those that count."""
         return self._busy
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Job, *, counts: bool = True) -> None:
         """Run a job soon. Any thread.
+
+        Args:
+            counts: whether `busy` and `wait_idle` count it.
 
         Raises:
             RuntimeError: the system gives no more threads; the job was not taken.
         """
-        with self._count:
-            self._busy += 1
+        if counts:
+            self.begin()
         try:
             worker = self._idle.pop()
         except IndexError:
-            self._start(job)
+            self._start(job, counts)
             return
+        worker.counts = counts
         worker.job = job
         worker.wake.release()
 
-    def _start(self, job: Job) -> None:
+    def begin(self) -> None:
+        """A job counts from now on, though it may run later, and elsewhere; `end` is its end."""
+        with self._count:
+            self._busy += 1
+
+    def end(self) -> None:
+        """The end of a job that counted."""
+        with self._count:
+            self._busy -= 1
+            self._count.notify_all()
+
+    def _start(self, job: Job, counts: bool) -> None:
         self._started += 1
-        thread = threading.Thread(
-            target=self._run, args=(_Worker(job),), name=f"{self._name}-{self._started}", daemon=True
-        )
+        name = f"{self._name}-{self._started}"
+        thread = threading.Thread(target=self._run, args=(_Worker(job, counts),), name=name, daemon=True)
         try:
             thread.start()
         except RuntimeError:
-            self._done()
+            if counts:
+                self.end()
             raise
 
     def _run(self, worker: _Worker) -> None:
@@ -93,8 +112,10 @@ class WorkerPool:
             except BaseException:  # noqa: BLE001 - jobs catch what user code raises; this is our own fault, and is seen
                 _log.exception("a worker's job failed")
             del job
+            counts = worker.counts
             self._idle.append(worker)
-            self._done()
+            if counts:
+                self.end()
             if worker.wake.acquire(timeout=0 if self._closed else self._linger_s):
                 continue
             try:
@@ -102,11 +123,6 @@ class WorkerPool:
                 return
             except ValueError:
                 worker.wake.acquire()  # somebody has just taken this worker and will hand over a job
-
-    def _done(self) -> None:
-        with self._count:
-            self._busy -= 1
-            self._count.notify_all()
 
     def wait_idle(self, timeout: float) -> bool:
         """Wait until no job is at work, the caller's own not counted. Returns whether that came true in time."""
@@ -122,8 +138,7 @@ class WorkerPool:
                 worker = self._idle.pop()
             except IndexError:
                 return
-            with self._count:
-                self._busy += 1
+            worker.counts = False
             worker.job = _nothing
             worker.wake.release()
 

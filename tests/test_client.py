@@ -102,13 +102,16 @@ def clients(server: EventServer) -> Iterator[Callable[..., EventClient]]:
 
 
 @pytest.fixture(autouse=True)
-def _no_threads_left() -> Iterator[None]:
-    """The I/O threads of all clients end with them; workers go when they are idle."""
-    before = {thread for thread in threading.enumerate() if thread.name == "evbus-io"}
+def _no_threads_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All threads of a client end with it, or soon after."""
+    monkeypatch.setattr("evbus.workers.LINGER_S", 0.05)
+    before = set(threading.enumerate())
     yield
     gc.collect()
-    left = [thread for thread in threading.enumerate() if thread.name == "evbus-io" and thread not in before]
-    assert not left
+    deadline = time.monotonic() + WAIT
+    while left := [t for t in threading.enumerate() if t.name.startswith("evbus-worker") and t not in before]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.001)
 
 
 class TestLife:
