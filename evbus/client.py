@@ -21,17 +21,19 @@ from evbus._clock import SystemClock
 from evbus._inbox import Waiter
 from evbus._message import Message
 from evbus.correlation import Notify
-from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, check_address, dial_tcp, parse_url
+from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, Address, check_address, dial_tcp, parse_url
 from evbus.errors import ClientClosedError, CodecError, EvbusError
 from evbus.io_thread import IoThread
 from evbus.message import ClientOptions, ClientStats, ConnectStatus, Receipt
 from evbus.options import ClientLimits, SessionOptions, check_timeout
 from evbus.payload import OMITTED, codec_from_name, encode, make_decoder
 from evbus.plan import Interest
+from evbus.reactor import Reactor
 from evbus.reports import Reports
 from evbus.session import MAX_QUERY_S, Session
 from evbus.signatures import Handler
 from evbus.subscription import Subscription, Wishes
+from evbus.transport import Transport
 from evbus.waiting import Waiting
 from evbus.wire import Codec
 from evbus.workers import SerialQueue, WorkerPool
@@ -79,6 +81,10 @@ class EventClient:
     Every method may be called from any thread, and from handlers and callbacks.
     """
 
+    # The network: what the testing kit puts its memory in the place of.
+    _dial: Callable[[Address, float], Transport] = staticmethod(dial_tcp)
+    _make_reactor: Callable[[], Reactor] = Reactor
+
     def __init__(
         self,
         host: str = DEFAULT_HOST,
@@ -107,7 +113,7 @@ class EventClient:
         self._waiting = Waiting(self._session)
         self._session.answers.send = lambda sending: self._waiting.push(sending, None)
         self._pack_event = self._session.outbox.pack_event
-        self._io = IoThread(self._session, self._pool)
+        self._io = IoThread(self._session, self._pool, self._make_reactor)
         self._life = threading.RLock()  # connect and disconnect, one at a time
         self._subscriptions: dict[Interest, Subscription] = {}
 
@@ -136,7 +142,7 @@ class EventClient:
             self._session.set_status(ConnectStatus.CONNECTING)
             try:
                 core = self._io.start()
-                transport = dial_tcp(self._where, seconds)
+                transport = self._dial(self._where, seconds)
                 left = max(deadline - time.monotonic(), 0.01)
                 # The session keeps the deadline; what comes on top is for a thread that stands still.
                 self._waiting.outcome(

@@ -29,11 +29,18 @@ _RETRY_S = 0.1
 
 
 class IoThread:
-    """Starts and stops the reactor; makes calls on its thread. Start and stop are for one thread at a time."""
+    """Starts and stops the reactor; makes calls on its thread. Start and stop are for one thread at a time.
 
-    def __init__(self, session: Session, pool: WorkerPool) -> None:
+    Args:
+        session: what is said and heard.
+        pool: gives the threads.
+        make_reactor: gives the loop that one of them runs.
+    """
+
+    def __init__(self, session: Session, pool: WorkerPool, make_reactor: Callable[[], Reactor] = Reactor) -> None:
         self._session = session
         self._pool = pool
+        self._make_reactor = make_reactor
         self._reactor: Reactor | None = None
         self._core: ClientCore | None = None
         self._ended = threading.Event()
@@ -44,7 +51,7 @@ class IoThread:
     def start(self) -> ClientCore:
         """The core, on a running reactor; it may run already."""
         if self._core is None:
-            self._reactor = Reactor()
+            self._reactor = self._make_reactor()
             self._core = ClientCore(self._reactor, self._session)
             self._stopping = False
             self._ended.clear()

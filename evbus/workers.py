@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -48,6 +49,7 @@ class WorkerPool:
         self._count = threading.Condition()
         self._local = threading.local()
         self._started = 0
+        self._threads: set[threading.Thread] = set()
         self._closed = False
 
     @property
@@ -95,9 +97,11 @@ class WorkerPool:
         self._started += 1
         name = f"{self._name}-{self._started}"
         thread = threading.Thread(target=self._run, args=(_Worker(job, counts),), name=name, daemon=True)
+        self._threads.add(thread)
         try:
             thread.start()
         except RuntimeError:
+            self._threads.discard(thread)
             if counts:
                 self.end()
             raise
@@ -120,6 +124,7 @@ class WorkerPool:
                 continue
             try:
                 self._idle.remove(worker)
+                self._threads.discard(threading.current_thread())
                 return
             except ValueError:
                 worker.wake.acquire()  # somebody has just taken this worker and will hand over a job
@@ -141,6 +146,15 @@ class WorkerPool:
             worker.counts = False
             worker.job = _nothing
             worker.wake.release()
+
+    def join(self, timeout: float) -> bool:
+        """After `close`: wait until the threads have ended, the caller's own not counted. Returns whether they have."""
+        deadline = time.monotonic() + timeout
+        own = threading.current_thread()
+        for thread in list(self._threads):
+            if thread is not own:
+                thread.join(max(deadline - time.monotonic(), 0.0))
+        return not self._threads - {own}
 
 
 def _nothing() -> None:
