@@ -22,6 +22,7 @@ import evbus
 from evbus import EventServer, Limits
 from evbus.cli import COMMANDS, common
 from evbus.cli import serve as serve_command
+from evbus.testing import Bus, fixtures
 from evbus.wire import CloseReason
 
 DOCUMENTS = [
@@ -75,7 +76,10 @@ def server() -> Iterator[EventServer]:
 # --- Python -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/guide.md", "docs/server.md"])
+WITH_PYTHON = ["README.md", "docs/guide.md", "docs/server.md", "docs/testing.md"]
+
+
+@pytest.mark.parametrize("document", WITH_PYTHON)
 def test_python_in_the_documents(document: str, server: EventServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """From top to bottom, as one program; `# -> text` is what a line prints."""
     module = types.ModuleType("document")
@@ -104,7 +108,7 @@ def wait_for_words(printed: list[str], expected: list[str], where: str) -> None:
 
 def test_every_document_with_python_is_tried() -> None:
     with_python = {b.document for blocks in BLOCKS.values() for b in blocks if b.language == "python"}
-    assert with_python == {"README.md", "docs/guide.md", "docs/server.md"}
+    assert with_python == set(WITH_PYTHON)
 
 
 def test_the_files_of_the_readme_are_those_of_the_examples() -> None:
@@ -138,6 +142,28 @@ def test_the_first_steps_of_the_readme(tmp_path: Path, server: EventServer) -> N
         assert "NoRespondersError" in nobody.finish().err
     with Program(["venv/bin/python", "mail.py"], cwd=tmp_path, env=env) as usage:
         assert usage.finish().out.startswith("usage: ")
+
+
+def test_the_tests_of_the_testing_document(tmp_path: Path) -> None:
+    """They pass, as they stand there, where nothing else is; a warning is an error."""
+    files = {file_of(block): block.text for block in BLOCKS["docs/testing.md"] if file_of(block)}
+    assert set(files) == {"conftest.py", "shop.py", "test_shop.py"}
+    for name, text in files.items():
+        (tmp_path / str(name)).write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider"]
+    with Program(command, cwd=tmp_path) as program:
+        result = program.finish()
+    assert result.code == 0, result.out + result.err
+    tests = len(re.findall(r"^def test_", files["test_shop.py"], re.M))
+    assert f"{tests} passed" in result.out
+
+
+def test_the_methods_and_fixtures_of_the_testing_document() -> None:
+    told = words([row[0] for row in table("docs/testing.md", "Fixture")])
+    assert told == set(fixtures.__all__)
+    text = (ROOT / "docs/testing.md").read_text(encoding="utf-8")
+    methods = {name for name in vars(Bus) if not name.startswith("_")} - {"close"}
+    assert methods <= set(re.findall(r"`(\w+)\(", text))
 
 
 def archive_has(archive: Program, seen: int) -> None:
