@@ -5,6 +5,7 @@ What a value becomes (`encode`)::
     bytes, bytearray, memoryview    its bytes, as they are             codec BYTES
     str                             UTF-8                              codec TEXT
     OMITTED (no message given)      nothing: an empty payload          codec BYTES
+    a pydantic model                its own JSON                       codec JSON
     everything else, None too       msgpack, or JSON where asked for   codec MSGPACK or JSON
 
 "Everything else" is what msgspec knows: dataclasses, msgspec Structs, TypedDict, NamedTuple, dict, list, tuple, set,
@@ -27,6 +28,7 @@ What does not fit is a CodecError that names the type and the place. Everything 
 from __future__ import annotations
 
 import functools
+import sys
 import typing
 from collections.abc import Callable
 from typing import Any, Final, TypeVar, overload
@@ -64,9 +66,49 @@ _NAMES: Final = {
     Codec.NETWEAVER: "NetWeaver",
 }
 
+
+# --- pydantic ---------------------------------------------------------------------------------------------------------
+# Never imported here: whoever has a model has imported it. Models inside other values, such as list[Model], go through
+# msgspec's hooks, as what their JSON would be.
+
+
+def _is_model(kind: Any) -> bool:
+    base = getattr(sys.modules.get("pydantic"), "BaseModel", None)
+    # Version 1 of pydantic has models without these methods.
+    return base is not None and isinstance(kind, type) and issubclass(kind, base) and hasattr(kind, _VALIDATE)
+
+
+_VALIDATE: Final = "model_validate_json"
+
+
+def _encode_other(value: Any) -> Any:
+    if _is_model(type(value)):
+        return value.model_dump(mode="json")
+    raise TypeError(f"Encoding objects of type {_type_name(type(value))} is unsupported")
+
+
+def _decode_other(kind: Any, value: Any) -> Any:
+    """What msgspec does not know: models are validated; anything else is left to msgspec's own check."""
+    if not _is_model(kind):
+        return value
+    return _validated(kind, _to_json(value))
+
+
+def _validated(model: Any, data: bytes) -> Any:
+    try:
+        return model.model_validate_json(data)
+    except ValueError as e:
+        errors = getattr(e, "errors", None)
+        if errors is None:
+            raise
+        # Where and what; not the values, which do not belong into a log.
+        problems = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}".lstrip(": ") for one in errors())
+        raise ValueError("; ".join(problems)) from e
+
+
 # An Encoder holds no state between calls, so all threads may share these.
-_to_msgpack: Final = msgspec.msgpack.Encoder().encode
-_to_json: Final = msgspec.json.Encoder().encode
+_to_msgpack: Final = msgspec.msgpack.Encoder(enc_hook=_encode_other).encode
+_to_json: Final = msgspec.json.Encoder(enc_hook=_encode_other).encode
 _from_msgpack: Final = msgspec.msgpack.Decoder().decode
 _from_json: Final = msgspec.json.Decoder().decode
 
@@ -133,6 +175,8 @@ def encode(value: object, codec: Codec = _MSGPACK) -> tuple[Codec, bytes]:
             return _BYTES, bytes(value)
         if isinstance(value, str):  # a subclass, for example an Enum of strings
             return _TEXT, str.encode(value)
+        if type(kind) is not type and _is_model(kind):
+            return _JSON, value.model_dump_json().encode()  # type: ignore[attr-defined]
         return (_JSON, _to_json(value)) if codec == _JSON else (_MSGPACK, _to_msgpack(value))
     except MemoryError:
         raise
@@ -153,7 +197,7 @@ def _why_not_encoded(e: Exception) -> str:
     if isinstance(e, OverflowError):
         return f"{e}; whole numbers go up to 64 bits"
     if isinstance(e, TypeError):
-        return f"{e}; send bytes, str, a dataclass, a msgspec Struct, a TypedDict or plain containers"
+        return f"{e}; send bytes, str, a dataclass, a msgspec Struct, a TypedDict, a pydantic model or plain containers"
     return str(e) or type(e).__name__
 
 
@@ -255,22 +299,26 @@ _str_from_json: Final = msgspec.json.Decoder(str).decode
 class _TypedDecoder:
     """Decodes into one structured type."""
 
-    __slots__ = ("_allows_none", "_fallback", "_from_json", "_from_msgpack", "_name", "_type")
+    __slots__ = ("_allows_none", "_fallback", "_from_json", "_from_msgpack", "_hook", "_name", "_type")
 
     def __init__(self, wanted: Any, fallback: Codec) -> None:
         self._type = wanted
         self._name = _type_name(wanted)
         self._fallback = fallback
         try:
-            if isinstance(msgspec.inspect.type_info(wanted), msgspec.inspect.CustomType):
+            if isinstance(msgspec.inspect.type_info(wanted), msgspec.inspect.CustomType) and not _is_model(wanted):
                 raise TypeError("it is a plain class; make it a dataclass, a msgspec Struct or a TypedDict")
-            self._from_msgpack = msgspec.msgpack.Decoder(wanted).decode
-            self._from_json = msgspec.json.Decoder(wanted).decode
+            hook = _decode_other if "pydantic" in sys.modules else None
+            self._from_msgpack = msgspec.msgpack.Decoder(wanted, dec_hook=hook).decode
+            self._from_json = msgspec.json.Decoder(wanted, dec_hook=hook).decode
+            if _is_model(wanted):
+                self._from_json = functools.partial(_validated, wanted)
         except (TypeError, ValueError, NameError, AttributeError, RecursionError) as e:
             # NameError: an annotation that cannot be resolved, e.g. of a class that is local to a function.
             raise CodecError("decode", self._name, f"this type cannot be decoded into: {e}") from e
+        self._hook = hook
         try:
-            msgspec.convert(None, wanted)
+            msgspec.convert(None, wanted, dec_hook=hook)
             self._allows_none = True
         except msgspec.ValidationError:
             self._allows_none = False
@@ -296,10 +344,10 @@ class _TypedDecoder:
                 return None
             return self._from_json(data) if self._fallback == _JSON else self._from_msgpack(data)
         if codec == _TEXT_ID:
-            return msgspec.convert(data.decode(), self._type)
+            return msgspec.convert(data.decode(), self._type, dec_hook=self._hook)
         if codec == _BYTES_ID:
             try:
-                return msgspec.convert(data, self._type)
+                return msgspec.convert(data, self._type, dec_hook=self._hook)
             except msgspec.ValidationError:
                 if not data and self._allows_none:
                     return None
