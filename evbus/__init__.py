@@ -46,9 +46,11 @@ if TYPE_CHECKING:
         ServerStartError,
         SlowConsumerError,
     )
+    from evbus.events import Query, event
     from evbus.limits import UNLIMITED, Limits
     from evbus.message import ClientStats, ConnectStatus, Message, Receipt
     from evbus.options import ClientLimits
+    from evbus.routers import EventRouter
     from evbus.server import EventServer
     from evbus.subscription import Subscription
 
@@ -67,6 +69,7 @@ __all__ = [
     "ConnectionLostError",
     "EvbusError",
     "EventClient",
+    "EventRouter",
     "EventServer",
     "InvalidSubjectError",
     "LimitError",
@@ -78,6 +81,7 @@ __all__ = [
     "PayloadTooLargeError",
     "PermissionDeniedError",
     "ProtocolError",
+    "Query",
     "QueryError",
     "QueryTimeoutError",
     "Receipt",
@@ -89,6 +93,7 @@ __all__ = [
     "Subscription",
     "__version__",
     "connect",
+    "event",
 ]
 
 _HOMES = {
@@ -96,13 +101,16 @@ _HOMES = {
     "ClientStats": "message",
     "ConnectStatus": "message",
     "EventClient": "client",
+    "EventRouter": "routers",
     "EventServer": "server",
     "Limits": "limits",
     "Message": "message",
+    "Query": "events",
     "Receipt": "message",
     "Subscription": "subscription",
     "UNLIMITED": "limits",
     "connect": "client",
+    "event": "events",
 }
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -23,6 +24,7 @@ from evbus._message import Message
 from evbus.correlation import Notify
 from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, Address, check_address, dial_tcp, parse_url
 from evbus.errors import ClientClosedError, CodecError, EvbusError
+from evbus.events import Answering, Handling, Query, address_of, response_of, subscribed
 from evbus.io_thread import IoThread
 from evbus.message import ClientOptions, ClientStats, ConnectStatus, Receipt
 from evbus.options import ClientLimits, SessionOptions, check_timeout
@@ -30,6 +32,7 @@ from evbus.payload import OMITTED, codec_from_name, encode, make_decoder
 from evbus.plan import Interest
 from evbus.reactor import Reactor
 from evbus.reports import Reports
+from evbus.routers import EventRouter
 from evbus.session import MAX_QUERY_S, Session
 from evbus.signatures import Handler
 from evbus.subscription import Subscription, Wishes
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
 __all__ = ["EventClient", "connect"]
 
 T = TypeVar("T")
+E = TypeVar("E")
+Q = TypeVar("Q", bound=Query[Any])
 F = TypeVar("F", bound=Callable[..., Any])
 
 _log = logging.getLogger("evbus.client")
@@ -228,9 +233,60 @@ class EventClient:
 
     # ---- subscribing -------------------------------------------------------------------------------------------------
 
+    # Overloads: a subject as text; a class and its own type, or the Message; a class and another type.
+    @overload
     def subscribe(
         self,
         subject: str,
+        handler: Handler | None = None,
+        *,
+        type: Any = None,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+    ) -> Subscription: ...
+    @overload
+    def subscribe(
+        self,
+        subject: type[E],
+        handler: Callable[[E], Any] | None = None,
+        *,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+    ) -> Subscription: ...
+    @overload
+    def subscribe(
+        self,
+        subject: type[Any],
+        handler: Callable[[Message], Any],
+        *,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+    ) -> Subscription: ...
+    @overload
+    def subscribe(
+        self,
+        subject: type[Any],
+        handler: Handler,
+        *,
+        type: Any,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+    ) -> Subscription: ...
+    def subscribe(
+        self,
+        subject: Any,
         handler: Handler | None = None,
         *,
         type: Any = None,
@@ -245,6 +301,8 @@ class EventClient:
         On a connected client the subscription is active when this returns. Otherwise it becomes active with `connect`.
 
         Args:
+            subject: text, or a class that has one (see `evbus.event`), which is then what the handler gets, unless it
+                is annotated `Message`.
             handler: called with each message, in order, on a worker thread. Its first parameter decides what it gets:
                 the payload decoded into the type it is annotated with, or the `Message` if it has no annotation. If the
                 message is a query, a value that it returns, or publishes on the query's subject meanwhile, is the
@@ -265,6 +323,7 @@ class EventClient:
         wishes = Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow)
         return self._subscribe(subject, handler, wishes)
 
+    @overload
     def on(
         self,
         subject: str,
@@ -275,7 +334,41 @@ class EventClient:
         max_pending_msgs: int | None = None,
         max_pending_bytes: int | None = None,
         overflow: str = "close",
-    ) -> Callable[[F], F]:
+    ) -> Callable[[F], F]: ...
+    @overload
+    def on(
+        self,
+        subject: type[E],
+        *,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+    ) -> Handling[E]: ...
+    @overload
+    def on(
+        self,
+        subject: type[Any],
+        *,
+        type: Any,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+    ) -> Callable[[F], F]: ...
+    def on(
+        self,
+        subject: Any,
+        *,
+        type: Any = None,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+    ) -> Any:
         """`subscribe` as a decorator; the function stays as it is. `unsubscribe(subject, function)` ends it."""
         wishes = Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow)
 
@@ -285,9 +378,21 @@ class EventClient:
 
         return decorate
 
+    @overload
     def on_query(
         self, subject: str, *, type: Any = None, group: str | None = None, concurrency: int = 1
-    ) -> Callable[[F], F]:
+    ) -> Callable[[F], F]: ...
+    @overload
+    def on_query(  # type: ignore[overload-overlap]  # a query class is a class with a subject, and more is known of it
+        self, subject: type[Q], *, group: str | None = None, concurrency: int = 1
+    ) -> Answering[Q]: ...
+    @overload
+    def on_query(self, subject: type[E], *, group: str | None = None, concurrency: int = 1) -> Handling[E]: ...
+    @overload
+    def on_query(
+        self, subject: type[Any], *, type: Any, group: str | None = None, concurrency: int = 1
+    ) -> Callable[[F], F]: ...
+    def on_query(self, subject: Any, *, type: Any = None, group: str | None = None, concurrency: int = 1) -> Any:
         """A decorator: the function answers queries on the subject, and gets no events.
 
         What it returns is the answer, None included, unless it has answered by `Message.reply` or `Message.fail`. If it
@@ -302,7 +407,23 @@ class EventClient:
 
         return decorate
 
-    def unsubscribe(self, subject: str | Subscription, handler: Handler | None = None) -> None:
+    def include(self, router: EventRouter) -> list[Subscription]:
+        """Subscribe all handlers that the router has by now; all or none. Returns their subscriptions.
+
+        Raises:
+            Exception: as `subscribe`, for the first handler that cannot be subscribed.
+        """
+        made: list[Subscription] = []
+        try:
+            for one in router.declared():
+                made.append(self._subscribe(one.subject, one.handler, one.wishes))  # noqa: PERF401 - for the except
+        except BaseException:
+            for subscription in made:
+                subscription.unsubscribe()
+            raise
+        return made
+
+    def unsubscribe(self, subject: str | type[Any] | Subscription, handler: Handler | None = None) -> None:
         """End subscriptions: one, or those on exactly that subject or pattern, or of them those with that handler.
 
         Returns when the server has confirmed; no handler call begins after that, and what was waiting is discarded. If
@@ -313,6 +434,7 @@ class EventClient:
             if subject.interest in self._subscriptions:
                 found = [(subject.interest, subject)]
         else:
+            subject, _ = subscribed(subject, None, None)
             found = [
                 (interest, subscription)
                 for interest, subscription in list(self._subscriptions.items())
@@ -321,7 +443,10 @@ class EventClient:
         for interest, subscription in found:
             self._end(interest, subscription)
 
-    def _subscribe(self, subject: str, handler: Handler | None, wishes: Wishes) -> Subscription:
+    def _subscribe(self, subject: str | type, handler: Handler | None, wishes: Wishes) -> Subscription:
+        if not isinstance(subject, str):
+            subject, wanted = subscribed(subject, handler, wishes.type)
+            wishes = replace(wishes, type=wanted)
         subscription = Subscription.make(self._session, subject, handler, wishes, self._io.submit, self.unsubscribe)
         interest = subscription.interest
         self._subscriptions[interest] = subscription
@@ -345,9 +470,39 @@ class EventClient:
 
     # ---- publishing and asking ---------------------------------------------------------------------------------------
 
+    # Overloads: a subject as text; a class and one of its messages; a message whose class has a subject.
+    @overload
     def publish(
         self,
         subject: str,
+        message: object = ...,
+        *,
+        headers: Mapping[str, str] | None = None,
+        confirm: bool = False,
+        timeout: float | None = None,
+    ) -> Receipt | None: ...
+    @overload
+    def publish(
+        self,
+        subject: type[E],
+        message: E,
+        *,
+        headers: Mapping[str, str] | None = None,
+        confirm: bool = False,
+        timeout: float | None = None,
+    ) -> Receipt | None: ...
+    @overload
+    def publish(
+        self,
+        subject: object,
+        *,
+        headers: Mapping[str, str] | None = None,
+        confirm: bool = False,
+        timeout: float | None = None,
+    ) -> Receipt | None: ...
+    def publish(
+        self,
+        subject: Any,
         message: object = OMITTED,
         *,
         headers: Mapping[str, str] | None = None,
@@ -359,6 +514,7 @@ class EventClient:
         Called by a handler of `subscribe` that is at a query, on the query's subject, it is the answer to the query.
 
         Args:
+            subject: text; or the message itself, if its class has a subject (see `evbus.event`); or that class.
             message: bytes and str go as they are; dataclasses, Structs and containers are encoded. Nothing: no payload.
             headers: text to text, 16 KiB at most.
             confirm: wait until the server has queued the message for every matching subscriber, and return its Receipt.
@@ -383,8 +539,10 @@ class EventClient:
         return self._publish(subject, message, headers, confirm, timeout)
 
     def _publish(
-        self, subject: str, message: object, headers: Mapping[str, str] | None, confirm: bool, timeout: float | None
+        self, subject: Any, message: object, headers: Mapping[str, str] | None, confirm: bool, timeout: float | None
     ) -> Receipt | None:
+        if type(subject) is not str:
+            subject, message = address_of(subject, message)
         seconds = check_timeout(timeout, zero=not confirm)
         codec, payload = self._encode(subject, message)
         if headers is None and not confirm and not self._pack_event(subject, payload, int(codec)):
@@ -414,6 +572,24 @@ class EventClient:
         if error is not None:
             raise error
 
+    # Overloads: a query class, which says its response; text and a response; a class with a subject, and a response.
+    @overload
+    def query(
+        self,
+        subject: Query[T],
+        *,
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> T: ...
+    @overload
+    def query(
+        self,
+        subject: str,
+        message: Query[T],
+        *,
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> T: ...
     @overload
     def query(
         self,
@@ -434,9 +610,28 @@ class EventClient:
         timeout: float | None = ...,
         headers: Mapping[str, str] | None = ...,
     ) -> Any: ...
+    @overload
     def query(
         self,
-        subject: str,
+        subject: type[E],
+        message: E,
+        response: type[T],
+        *,
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> T: ...
+    @overload
+    def query(
+        self,
+        subject: object,
+        *,
+        response: type[T],
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> T: ...
+    def query(
+        self,
+        subject: Any,
         message: object = OMITTED,
         response: Any = None,
         *,
@@ -446,9 +641,9 @@ class EventClient:
         """Ask, and wait for the answer.
 
         Args:
-            message: as for `publish`.
-            response: the type to decode the answer into; `Message` for the answer as it came; None for the value as it
-                was sent, in plain containers.
+            subject, message: as for `publish`.
+            response: the type to decode the answer into; `Message` for the answer as it came; None for what a `Query`
+                class says, and else the value as it was sent, in plain containers.
             timeout: seconds; None: a minute, which is also as long as servers wait at most.
 
         Raises:
@@ -461,6 +656,9 @@ class EventClient:
             NotConnectedError, InvalidSubjectError, PayloadTooLargeError, BufferFullError: nothing was asked.
         """
         seconds = check_timeout(timeout) or MAX_QUERY_S
+        subject, message = address_of(subject, message)
+        if response is None:
+            response = response_of(message)
         codec, payload = self._encode(subject, message)
         decoder = make_decoder(response, self._options.codec) if response is not Message else None
         answer: Message = self._waiting.exchange(

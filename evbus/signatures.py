@@ -40,8 +40,8 @@ def decoder_for(handler: Handler, wanted: object, codec: Codec) -> Decoder[Any] 
         raise TypeError(f"{_name(handler)} cannot be given {found!r}: {exc.problem}") from exc
 
 
-def wanted_type(handler: Handler) -> object:
-    """The type of a handler's first parameter; Message if it has no annotation.
+def wanted_type(handler: Handler, otherwise: object = Message) -> object:
+    """The type of a handler's first parameter; `otherwise` if it has no annotation.
 
     Raises:
         TypeError: it cannot be called with one argument, is a coroutine function, or its annotation cannot be resolved.
@@ -54,7 +54,7 @@ def wanted_type(handler: Handler) -> object:
     try:
         signature = inspect.signature(handler)
     except (TypeError, ValueError):  # some builtins do not tell
-        return Message
+        return otherwise
     try:
         signature.bind(None)
     except TypeError:
@@ -64,7 +64,7 @@ def wanted_type(handler: Handler) -> object:
     parameter = next(iter(signature.parameters.values()))
     annotation = parameter.annotation
     if annotation is inspect.Parameter.empty or parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-        return Message
+        return otherwise
     if annotation is None:
         return type(None)
     return _resolve(handler, function, parameter.name, annotation)

@@ -26,6 +26,7 @@ PUBLIC = [
     "ConnectStatus",
     "ConnectionLostError",
     "EventClient",
+    "EventRouter",
     "EventServer",
     "EvbusError",
     "InvalidSubjectError",
@@ -38,6 +39,7 @@ PUBLIC = [
     "PayloadTooLargeError",
     "PermissionDeniedError",
     "ProtocolError",
+    "Query",
     "QueryError",
     "QueryTimeoutError",
     "Receipt",
@@ -50,6 +52,7 @@ PUBLIC = [
     "UNLIMITED",
     "__version__",
     "connect",
+    "event",
 ]
 
 

@@ -1,0 +1,191 @@
+"""Handlers that are declared where they are written, and subscribed where there is a client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar, overload
+
+from evbus._frame import check_subject
+from evbus.errors import ConfigError
+from evbus.events import Answering, Handling, Query, subject_of
+from evbus.signatures import Handler
+from evbus.subscription import Wishes
+
+__all__ = ["Declared", "EventRouter"]
+
+E = TypeVar("E")
+Q = TypeVar("Q", bound=Query[Any])
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One handler of a router: what it is to be subscribed to, and how."""
+
+    subject: str | type
+    handler: Handler
+    wishes: Wishes
+
+
+class EventRouter:
+    """Declares handlers without a client, for example while a module is imported.
+
+    ::
+
+        router = EventRouter()
+
+        @router.on("email.new")
+        def store(email: NewEmail) -> None: ...
+
+        client.include(router)  # or on the command line: evbus run module:router
+
+    Args:
+        prefix: tokens in front of all subjects that are given as text, here and in the routers it includes: with
+            "shop", `on("order.new")` is for "shop.order.new". The subject of a class is what the class says.
+
+    Raises:
+        InvalidSubjectError: the prefix is no subject.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        if prefix:
+            check_subject(prefix)
+        self._prefix = prefix
+        self._parts: list[Declared | EventRouter] = []
+
+    @property
+    def prefix(self) -> str:
+        """The tokens in front of all subjects; empty for none."""
+        return self._prefix
+
+    @overload
+    def on(
+        self,
+        subject: str,
+        *,
+        type: Any = None,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+    ) -> Callable[[F], F]: ...
+    @overload
+    def on(
+        self,
+        subject: type[E],
+        *,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+    ) -> Handling[E]: ...
+    @overload
+    def on(
+        self,
+        subject: type[Any],
+        *,
+        type: Any,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+    ) -> Callable[[F], F]: ...
+    def on(
+        self,
+        subject: Any,
+        *,
+        type: Any = None,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+    ) -> Any:
+        """A decorator, as `EventClient.on`.
+
+        Raises:
+            InvalidSubjectError, TypeError: the subject makes no sense. What else `EventClient.on` checks is checked by
+                `include` of a client.
+        """
+        return self._declare(subject, Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow))
+
+    @overload
+    def on_query(
+        self, subject: str, *, type: Any = None, group: str | None = None, concurrency: int = 1
+    ) -> Callable[[F], F]: ...
+    @overload
+    def on_query(  # type: ignore[overload-overlap]  # a query class is a class with a subject, and more is known of it
+        self, subject: type[Q], *, group: str | None = None, concurrency: int = 1
+    ) -> Answering[Q]: ...
+    @overload
+    def on_query(self, subject: type[E], *, group: str | None = None, concurrency: int = 1) -> Handling[E]: ...
+    @overload
+    def on_query(
+        self, subject: type[Any], *, type: Any, group: str | None = None, concurrency: int = 1
+    ) -> Callable[[F], F]: ...
+    def on_query(self, subject: Any, *, type: Any = None, group: str | None = None, concurrency: int = 1) -> Any:
+        """A decorator, as `EventClient.on_query`.
+
+        Raises:
+            InvalidSubjectError, TypeError: as for `on`.
+        """
+        return self._declare(subject, Wishes(type, group, concurrency, responder=True))
+
+    def _declare(self, subject: Any, wishes: Wishes) -> Callable[[F], F]:
+        if isinstance(subject, str):
+            check_subject(self._placed(subject), pattern=True)
+        else:
+            subject_of(subject)
+
+        def decorate(handler: F) -> F:
+            if not callable(handler):
+                raise TypeError(f"a handler is a function of one argument, not {handler!r}")
+            self._parts.append(Declared(subject, handler, wishes))
+            return handler
+
+        return decorate
+
+    def include(self, other: EventRouter) -> None:
+        """Take in the handlers of another router, also those that it gets later.
+
+        Raises:
+            ConfigError: it includes this one, or is it.
+            TypeError: it is no router.
+        """
+        if not isinstance(other, EventRouter):
+            raise TypeError(f"a router includes routers, not a value of type {type(other).__qualname__}")
+        if other is self or self in other._below():
+            raise ConfigError("include", "a router cannot include itself, nor one that includes it")
+        self._parts.append(other)
+
+    def _below(self) -> Iterator[EventRouter]:
+        for part in self._parts:
+            if isinstance(part, EventRouter):
+                yield part
+                yield from part._below()
+
+    def declared(self) -> Iterator[Declared]:
+        """All handlers, those of included routers too, in the order of their declaration, with whole subjects.
+
+        Raises:
+            InvalidSubjectError: a subject has become too long by the prefixes.
+        """
+        for part in self._parts:
+            for one in [part] if isinstance(part, Declared) else part.declared():
+                if isinstance(one.subject, str) and self._prefix:
+                    subject = self._placed(one.subject)
+                    check_subject(subject, pattern=True)
+                    yield Declared(subject, one.handler, one.wishes)
+                else:
+                    yield one
+
+    def _placed(self, subject: str) -> str:
+        return f"{self._prefix}.{subject}" if self._prefix else subject
+
+    def __repr__(self) -> str:
+        prefix = f"prefix {self._prefix!r}, " if self._prefix else ""
+        return f"<EventRouter, {prefix}{sum(1 for _ in self.declared())} handlers>"
