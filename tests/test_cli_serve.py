@@ -188,6 +188,10 @@ def test_examples_of_the_help_texts(
     (tmp_path / "answer.txt").write_text("forty-two")
     mail = {"subject": "Lunch", "content": "At noon?", "send_time": "2026-11-23T09:30:00Z"}
     (tmp_path / "my-mails.json").write_text(json.dumps([mail, mail]))
+    router = "import evbus\n\nrouter = evbus.EventRouter()\nrouter.on('greetings')(print)\n"
+    for module in ("archive.py", "shop/orders.py", "shop/mails.py", "src/archive.py"):
+        (tmp_path / module).parent.mkdir(exist_ok=True)
+        (tmp_path / module).write_text(router)
     line = line.replace("127.0.0.1:9100", server.address)
     if name == "serve":  # tests stay on the loopback and off fixed ports
         line = line.replace("--host 0.0.0.0", "--host 127.0.0.1") + " --port 0"
@@ -198,6 +202,9 @@ def test_examples_of_the_help_texts(
     with Program(["sh", "-c", command], cwd=tmp_path, env=env) as program:
         if name == "serve":
             ready(program)
+            program.interrupt(signal.SIGTERM)
+        elif name == "run":
+            program.wait_for("running")
             program.interrupt(signal.SIGTERM)
         elif name == "sub":
             program.wait_for("subscribed")

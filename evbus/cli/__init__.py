@@ -10,7 +10,7 @@ Data goes to standard output, everything else to standard error. Exit codes:
     6    the responder answered with a failure
     130  ended by Ctrl-C
     141  the reader of standard output went away, as with `evbus sub news | head -1`
-    143  ended by SIGTERM (the server drains and ends with 0)
+    143  ended by SIGTERM (the server and `run` drain and end with 0)
 
 A command's module is imported only when that command runs, and imports client or server only in `run`, so that help and
 version are quick. Each module has DESCRIPTION, EXAMPLES, `add_arguments(parser)` and `run(args)`.
@@ -32,6 +32,7 @@ COMMANDS: Final = {
     "sub": "print the messages of subjects or patterns",
     "query": "ask a query and print the answer",
     "reply": "answer queries",
+    "run": "run the handlers that a module declares",
     "ping": "measure the round trip to the server",
     "demo": "watch a server and several clients at work",
     "version": "print the version",
