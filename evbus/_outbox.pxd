@@ -9,6 +9,7 @@ cdef enum:
     P_FULL = 1    # over the high watermark; nothing was staged
     P_CLOSED = 2  # no connection that is ready for this; nothing was staged
     P_SLOW = 3    # pack_event only: take the general way (version 1, or a handler may be answering a query)
+    P_YIELD = 4   # pack_event of an outbox that gathers: staged, and a buffer full was sent; let others have a turn
 
     # Results of flush.
     S_DONE = 0     # nothing is left
@@ -47,6 +48,8 @@ cdef class Outbox:
     cdef bint room_wanted
     cdef bint burst
     cdef bint polling
+    cdef bint gathers
+    cdef size_t room_mark
     cdef int64_t burst_ms
     cdef int burst_msgs
     cdef readonly object broken

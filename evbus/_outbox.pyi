@@ -14,6 +14,7 @@ PACK_OK: int
 PACK_FULL: int
 PACK_CLOSED: int
 PACK_SLOW: int
+PACK_YIELD: int
 FLUSH_DONE: int
 FLUSH_BUSY: int
 FLUSH_BLOCKED: int
@@ -110,6 +111,9 @@ class Outbox:
     def payload_limit_bytes(self) -> int:
         """Largest payload that the server takes; 0 before the handshake."""
 
+    def gather(self) -> None:
+        """There is one thread only, and `wake` has it flush in its next turn: packets gather until then, urgent ones too."""
+
     def begin_answering(self) -> None:
         """A handler starts on a query that a publish may answer: until it ends, `pack_event` says PACK_SLOW."""
 
@@ -136,7 +140,8 @@ class Outbox:
     def pack_event(self, subject: str, payload: bytes, codec: int) -> int:
         """Stage a plain event for a server that speaks version 2: no ids, no headers, no acknowledgement.
 
-        Returns PACK_OK, PACK_FULL, or PACK_SLOW when `pack_message` must be used instead.
+        Returns PACK_OK, PACK_FULL, or PACK_SLOW when `pack_message` must be used instead. If the outbox gathers, also
+        PACK_YIELD: staged, and a buffer full was sent, so that it is time to let others have a turn.
 
         Raises:
             InvalidSubjectError, PayloadTooLargeError: nothing was staged.
@@ -179,8 +184,11 @@ class Outbox:
         Returns PACK_OK or PACK_CLOSED.
         """
 
-    def want_room(self) -> bool:
+    def want_room(self, size: int = 0) -> bool:
         """Ask for `on_room` after PACK_FULL. Returns False if there is room already (or no connection), so: try again.
+
+        Args:
+            size: bytes of the payload that waits; a large one needs more room than the low watermark leaves.
 
         Also sends what is staged, if nobody is at it.
         """

@@ -15,6 +15,9 @@ apart: the one at work looks at `staging` again before it leaves, so nobody's by
 takes no more, the I/O thread is woken to wait for it, and all others leave the socket alone (`blocked`). `idle` says
 that all is sent and that nobody is there to look after what is staged next.
 
+With a single thread, which `gather` declares, it is simpler: the first packet that is staged wakes, the rest gathers until
+the loop's next turn sends it all. Only a good buffer full is sent at once, and its packer told to let others have a turn.
+
 Nothing here knows a socket: `transport` is anything with `flush(ring)`, see `evbus.transport`.
 """
 
@@ -49,6 +52,7 @@ PACK_OK = P_OK
 PACK_FULL = P_FULL
 PACK_CLOSED = P_CLOSED
 PACK_SLOW = P_SLOW
+PACK_YIELD = P_YIELD
 FLUSH_DONE = S_DONE
 FLUSH_BUSY = S_BUSY
 FLUSH_BLOCKED = S_BLOCKED
@@ -61,6 +65,8 @@ cdef Py_ssize_t MAX_KEYS = 4096
 cdef int SOLO_PACKETS = 4
 # Sends in a row by one flusher, so that a thread that came to publish does not end up sending for all others.
 cdef int MAX_ROUNDS = 16
+# More than any packet has beside its payload: what a waiting publisher needs on top of it.
+cdef size_t PACKET_ROOM = 32 * 1024
 # Everything of an envelope but headers and payload: header, fixed fields, three ids with their lengths, two counts.
 cdef enum:
     HEAD_ROOM = 23 + 10 + 3 * 5 + 2 * 128 + 256 + 8
@@ -194,6 +200,11 @@ cdef class Outbox:
         """Largest payload that the server takes; 0 before the handshake."""
         return self.payload_limit
 
+    def gather(self):
+        """There is one thread only, and `wake` has it flush in its next turn: packets gather until then, urgent ones too.
+        """
+        self.gathers = True
+
     def begin_answering(self):
         """A handler starts on a query that a publish may answer: until it ends, `pack_event` says PACK_SLOW."""
         self.answering_now += 1
@@ -268,6 +279,13 @@ cdef class Outbox:
     cdef int after_stage(self, bint urgent) except -1:
         cdef int64_t now
         cdef bint alone = False
+        if self.gathers:
+            urgent = False
+            if self.idle:
+                self.idle = False
+                self.wakes += 1
+                if self.wake is not None:
+                    self.wake()
         if self.idle and not urgent:
             now = self.clock.read()
             if now != self.burst_ms:
@@ -289,7 +307,8 @@ cdef class Outbox:
     def pack_event(self, subject not None, bytes payload not None, uint32_t codec):
         """Stage a plain event for a server that speaks version 2: no ids, no headers, no acknowledgement.
 
-        Returns PACK_OK, PACK_FULL, or PACK_SLOW when `pack_message` must be used instead.
+        Returns PACK_OK, PACK_FULL, or PACK_SLOW when `pack_message` must be used instead. If the outbox gathers, also
+        PACK_YIELD: staged, and a buffer full was sent, so that it is time to let others have a turn.
 
         Raises:
             InvalidSubjectError, PayloadTooLargeError: nothing was staged.
@@ -299,6 +318,7 @@ cdef class Outbox:
         cdef bytes key
         cdef size_t size, head_size
         cdef size_t payload_size = <size_t>PyBytes_GET_SIZE(payload)
+        cdef bint large
         if subject is self.last_subject:
             key = self.last_key
         else:
@@ -325,8 +345,11 @@ cdef class Outbox:
         store_header(head, HEADER_23, <uint32_t>size, 0, O_PUBLISH, 2, self.clock.read())
         self.stage(head, head_size, PyBytes_AS_STRING(payload), payload_size)
         self.packed_msgs += 1
-        if self.idle or self.staging.ring.size >= self.eager:
+        large = self.staging.ring.size >= self.eager
+        if self.idle or large:
             self.after_stage(False)
+            if large and self.gathers:
+                return P_YIELD
         return P_OK
 
     def pack_message(self, uint32_t object_id, bytes key not None, bytes payload not None, *, uint32_t flags=0,
@@ -409,15 +432,23 @@ cdef class Outbox:
         self.after_stage(urgent)
         return P_OK
 
-    def want_room(self):
+    def want_room(self, size_t size=0):
         """Ask for `on_room` after PACK_FULL. Returns False if there is room already (or no connection), so: try again.
+
+        Args:
+            size: bytes of the payload that waits; a large one needs more room than the low watermark leaves.
 
         Also sends what is staged, if nobody is at it.
         """
+        cdef size_t mark = self.low
         if not self.flushing and not self.blocked:
             self.flush(False)
-        if self.transport is None or self.staging.ring.size + self.in_flight <= self.low:
+        if size and size + PACKET_ROOM > self.high - mark:
+            mark = 0
+        if self.transport is None or self.staging.ring.size + self.in_flight <= mark:
             return False
+        if not self.room_wanted or mark < self.room_mark:
+            self.room_mark = mark
         self.room_wanted = True
         return True
 
@@ -491,7 +522,7 @@ cdef class Outbox:
                 if self.wake is not None:
                     self.wake()
             return S_CLOSED
-        if self.room_wanted and self.staging.ring.size + self.in_flight <= self.low:
+        if self.room_wanted and self.staging.ring.size + self.in_flight <= self.room_mark:
             self.room_wanted = False
             if self.on_room is not None:
                 self.on_room()

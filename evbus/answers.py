@@ -41,8 +41,12 @@ class Answers:
 
     def reply(self, message: Message, value: object, headers: Mapping[str, str] | None = None) -> None:
         """See `Message.reply`."""
+        self.send(self.prepared(message, value, headers))
+
+    def prepared(self, message: Message, value: object, headers: Mapping[str, str] | None = None) -> Sending:
+        """The answer to a query, from a value. Packing it fails if the query was answered meanwhile."""
         codec, payload = encode(value, self._codec)
-        self.send(self.sending(message, codec, payload, headers))
+        return self.sending(message, codec, payload, headers)
 
     def sending(
         self,

@@ -10,7 +10,7 @@ import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from evbus.reactor import EVENT_READ, EVENT_WRITE, Reactor, Timer
+from evbus.reactor import EVENT_READ, EVENT_WRITE, Cancellable, Loop
 from evbus.session import Session
 
 if TYPE_CHECKING:
@@ -39,15 +39,15 @@ class ClientCore:
         session: what is said and heard. Its mailboxes' `wake` is called when they have messages and need a worker.
     """
 
-    def __init__(self, reactor: Reactor, session: Session) -> None:
+    def __init__(self, reactor: Loop, session: Session) -> None:
         self._reactor = reactor
         self._session = session
         self._transport: Transport | None = None
         self._leaving: list[Transport] = []
         self._events = 0
         self._shaking = False
-        self._timer: Timer | None = None
-        self._poll_timer: Timer | None = None
+        self._timer: Cancellable | None = None
+        self._poll_timer: Cancellable | None = None
         self._flushes = 0
         session.outbox.wake = self._wake
 

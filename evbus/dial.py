@@ -10,7 +10,16 @@ from urllib.parse import urlsplit
 from evbus.errors import ConfigError, ConnectError
 from evbus.transport import TcpTransport, format_address
 
-__all__ = ["DEFAULT_HOST", "DEFAULT_PORT", "Address", "dial_tcp", "parse_url"]
+__all__ = [
+    "DEFAULT_HOST",
+    "DEFAULT_PORT",
+    "Address",
+    "check_address",
+    "dial_tcp",
+    "no_connection",
+    "parse_url",
+    "unknown_host",
+]
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 9100
@@ -70,8 +79,7 @@ def dial_tcp(address: Address, timeout_s: float) -> TcpTransport:
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as exc:
-        code = exc.errno if isinstance(exc, OSError) else None
-        raise ConnectError(str(address), f"the host {address.host!r} is unknown", code) from exc
+        raise unknown_host(address, exc) from exc
     failure: OSError = OSError("no address")
     for family, kind, protocol, _, where in dict.fromkeys(found):
         sock = socket.socket(family, kind, protocol)
@@ -85,6 +93,17 @@ def dial_tcp(address: Address, timeout_s: float) -> TcpTransport:
         except BaseException:
             sock.close()
             raise
-    if isinstance(failure, TimeoutError):
-        raise ConnectError(str(address), f"no answer within {timeout_s:g} s", failure.errno) from failure
-    raise ConnectError(str(address), (failure.strerror or str(failure)).lower(), failure.errno) from failure
+    raise no_connection(address, failure, timeout_s) from failure
+
+
+def unknown_host(address: Address, error: Exception) -> ConnectError:
+    """The exception for a name that has no address."""
+    code = error.errno if isinstance(error, OSError) else None
+    return ConnectError(str(address), f"the host {address.host!r} is unknown", code)
+
+
+def no_connection(address: Address, error: OSError, timeout_s: float) -> ConnectError:
+    """The exception for an address that does not answer; a TimeoutError says that the time was up."""
+    if isinstance(error, TimeoutError):
+        return ConnectError(str(address), f"no answer within {timeout_s:g} s", error.errno)
+    return ConnectError(str(address), (error.strerror or str(error)).lower(), error.errno)

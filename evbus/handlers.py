@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextvars import Token
 from typing import Any
 
 from evbus._mailbox import Batch, Mailbox
@@ -94,23 +95,34 @@ class HandlerRunner:
                 self._reply(message, answer)
                 return
         except BaseException as exc:  # noqa: BLE001 - as above
-            self._report(exc, message)
-            self._give_up(message, (HANDLER_FAILED, f"{type(exc).__name__}: {_text(exc)}"))
+            self._query_failed(exc, message)
             return
         self._give_up(message, None)
+
+    def _query_failed(self, error: BaseException, message: Message) -> None:
+        """The handler of a query raised, or its answer could not be sent."""
+        self._report(error, message)
+        self._give_up(message, (HANDLER_FAILED, f"{type(error).__name__}: {_text(error)}"))
 
     def _ask(self, message: Message) -> object:
         argument = self._argument(message)
         if self._responder:
             return self.handler(argument)
-        outbox = self._session.outbox
-        token = current_query.set(message)
-        outbox.begin_answering()
+        token = self._begin(message)
         try:
             return self.handler(argument)
         finally:
-            outbox.end_answering()
-            current_query.reset(token)
+            self._end(token)
+
+    def _begin(self, message: Message) -> Token[Message | None]:
+        """The handler starts on a query: what it publishes on the query's subject is the answer."""
+        self._session.outbox.begin_answering()
+        return current_query.set(message)
+
+    def _end(self, token: Token[Message | None]) -> None:
+        """The handler has ended."""
+        current_query.reset(token)
+        self._session.outbox.end_answering()
 
     def _reply(self, message: Message, answer: object) -> None:
         if message.answered:

@@ -55,7 +55,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-__all__ = ["EVENT_READ", "EVENT_WRITE", "FileLike", "HasFileno", "Reactor", "SocketWaker", "Timer", "Waker"]
+__all__ = [
+    "EVENT_READ",
+    "EVENT_WRITE",
+    "Cancellable",
+    "FileLike",
+    "HasFileno",
+    "Loop",
+    "Reactor",
+    "SocketWaker",
+    "Timer",
+    "Waker",
+]
 
 EVENT_READ = selectors.EVENT_READ
 EVENT_WRITE = selectors.EVENT_WRITE
@@ -68,6 +79,14 @@ _MIN_SWEEP = 64
 _MAX_ERROR_LOGS_PER_S = 10
 
 _log = logging.getLogger("evbus.reactor")
+
+
+class Cancellable(Protocol):
+    """A call that was ordered for later."""
+
+    def cancel(self) -> object:
+        """Do not make it. Again, or too late: nothing happens."""
+        ...
 
 
 class HasFileno(Protocol):
@@ -99,6 +118,42 @@ class Waker(Protocol):
 
     def close(self) -> None:
         """Free the descriptor."""
+        ...
+
+
+class Loop(Protocol):
+    """What the core of a client needs of an event loop: the half of a `Reactor` that an asyncio loop has too."""
+
+    def now(self) -> float:
+        """See `Reactor`."""
+        ...
+
+    def call_at(self, when: float, callback: Callable[[], object]) -> Cancellable:
+        """See `Reactor`."""
+        ...
+
+    def call_later(self, delay_s: float, callback: Callable[[], object]) -> Cancellable:
+        """See `Reactor`."""
+        ...
+
+    def call_soon(self, callback: Callable[[], object]) -> None:
+        """See `Reactor`."""
+        ...
+
+    def call_threadsafe(self, callback: Callable[[], object]) -> None:
+        """See `Reactor`."""
+        ...
+
+    def register(self, fileobj: HasFileno, events: int, callback: Callable[[int], object]) -> None:
+        """See `Reactor`."""
+        ...
+
+    def modify(self, fileobj: HasFileno, events: int) -> None:
+        """See `Reactor`."""
+        ...
+
+    def unregister(self, fileobj: HasFileno) -> None:
+        """See `Reactor`."""
         ...
 
 

@@ -15,22 +15,28 @@ from evbus.errors import CodecError
 from evbus.payload import Decoder, make_decoder
 from evbus.wire import Codec
 
-__all__ = ["Handler", "decoder_for", "wanted_type"]
+__all__ = ["Handler", "decoder_for", "is_coroutine_function", "wanted_type"]
 
 #: Called with one argument: the decoded payload, or the Message.
 Handler = Callable[[Any], Any]
 
 
-def decoder_for(handler: Handler, wanted: object, codec: Codec) -> Decoder[Any] | None:
+def decoder_for(handler: Handler, wanted: object, codec: Codec, *, coroutines: bool = False) -> Decoder[Any] | None:
     """What turns a payload into the handler's argument; None for a handler that takes the Message itself.
 
     Args:
         wanted: the type asked for in so many words; None to go by the handler's first parameter.
         codec: what payloads of unknown codec count as.
+        coroutines: whether it may be a coroutine function.
 
     Raises:
-        TypeError: the handler cannot be called with one argument, or asks for what cannot be decoded.
+        TypeError: the handler cannot be called with one argument, is a coroutine function where only plain ones are
+            called, or asks for what cannot be decoded.
     """
+    if not coroutines and is_coroutine_function(handler):
+        raise TypeError(
+            f"{_name(handler)} is a coroutine function; EventClient calls plain functions only (AsyncEventClient both)"
+        )
     found = wanted_type(handler) if wanted is None else wanted
     if found is Message:
         return None
@@ -44,13 +50,11 @@ def wanted_type(handler: Handler, otherwise: object = Message) -> object:
     """The type of a handler's first parameter; `otherwise` if it has no annotation.
 
     Raises:
-        TypeError: it cannot be called with one argument, is a coroutine function, or its annotation cannot be resolved.
+        TypeError: it cannot be called with one argument, or its annotation cannot be resolved.
     """
     if not callable(handler):
         raise TypeError(f"a handler is a function of one argument, not {handler!r}")
     function = _function(handler)
-    if inspect.iscoroutinefunction(function):
-        raise TypeError(f"{_name(handler)} is a coroutine function; EventClient calls plain functions only")
     try:
         signature = inspect.signature(handler)
     except (TypeError, ValueError):  # some builtins do not tell
@@ -68,6 +72,11 @@ def wanted_type(handler: Handler, otherwise: object = Message) -> object:
     if annotation is None:
         return type(None)
     return _resolve(handler, function, parameter.name, annotation)
+
+
+def is_coroutine_function(handler: Handler) -> bool:
+    """Whether calling it gives a coroutine, to be awaited."""
+    return callable(handler) and inspect.iscoroutinefunction(_function(handler))
 
 
 def _function(handler: Handler) -> Any:

@@ -1,4 +1,4 @@
-"""One subscription of the synchronous client, as its user holds it."""
+"""One subscription of the synchronous client, as its user holds it, and what both clients' subscriptions share."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from evbus._mailbox import OVERFLOW_CLOSE, OVERFLOW_DROP_NEWEST, OVERFLOW_DROP_O
 from evbus._message import Message
 from evbus.errors import ConfigError
 from evbus.handlers import HandlerRunner
+from evbus.payload import Decoder
 from evbus.plan import Interest
 from evbus.session import Session
 from evbus.signatures import Handler, decoder_for
 from evbus.wire import Role
 
-__all__ = ["Subscription", "Wishes"]
+__all__ = ["Subscription", "SubscriptionFacts", "Wishes", "prepare"]
 
 
 _OVERFLOWS = {"close": OVERFLOW_CLOSE, "drop_newest": OVERFLOW_DROP_NEWEST, "drop_oldest": OVERFLOW_DROP_OLDEST}
@@ -46,76 +47,45 @@ def _positive(option: str, value: int | None, default: int) -> int:
     return value
 
 
-class Subscription:
-    """What `EventClient.subscribe` returns.
+def prepare(
+    session: Session, subject: str, handler: Handler | None, wishes: Wishes, *, coroutines: bool = False
+) -> tuple[Interest, Decoder[Any] | None]:
+    """An interest that no server knows yet, with its mailbox, and what makes the handler's argument.
 
-    Without a handler it is an iterator of `Message`: `for message in subscription` waits for each next one and ends
-    when the subscription does. If the connection is lost, the iterator raises ConnectionLostError once the messages
-    received before are taken; if messages came faster than they were taken, SlowConsumerError.
+    Args:
+        coroutines: whether the handler may be a coroutine function.
 
-    As a context manager it unsubscribes at the end. Any thread may use it; each message goes to one of the threads that
-    iterate.
+    Raises:
+        InvalidSubjectError, ConfigError, TypeError: something makes no sense.
     """
+    limits = session.options.limits
+    if wishes.overflow not in _OVERFLOWS:
+        raise ConfigError("overflow", f"must be one of {', '.join(_OVERFLOWS)}, not {wishes.overflow!r}")
+    if handler is None and wishes.type is not None:
+        raise ConfigError("type", "needs a handler; messages that are iterated over are decoded by Message.decode")
+    codec = session.options.codec
+    decoder = decoder_for(handler, wishes.type, codec, coroutines=coroutines) if handler is not None else None
+    role = Role.RESPONDER if wishes.responder else Role.SUBSCRIBER
+    interest = Interest(session.registrar.new_sid(), subject, role=role, group=wishes.group)
+    interest.mailbox = Mailbox(
+        interest,
+        interest.sid,
+        tally=session.registrar.tally,
+        max_msgs=_positive("max_pending_msgs", wishes.max_pending_msgs, limits.pending_msgs),
+        max_bytes=_positive("max_pending_bytes", wishes.max_pending_bytes, limits.pending_bytes),
+        overflow=_OVERFLOWS[wishes.overflow],
+        concurrency=_positive("concurrency", wishes.concurrency, 1),
+    )
+    return interest, decoder
 
-    def __init__(
-        self, interest: Interest, handler: Handler | None, unsubscribe: Callable[[Subscription], object]
-    ) -> None:
+
+class SubscriptionFacts:
+    """What the subscriptions of both clients tell of themselves."""
+
+    def __init__(self, interest: Interest, handler: Handler | None) -> None:
         self.interest = interest
         self._mailbox = interest.mailbox
         self._handler = handler
-        self._unsubscribe = unsubscribe
-        self._taking = threading.Lock()
-        # What happens to an iterator: True, there are messages and it is our turn to take them; an exception; None, the
-        # end.
-        self._news: queue.SimpleQueue[bool | Exception | None] = queue.SimpleQueue()
-        self._batch: Batch | None = None
-        self._may_take = False
-        if handler is None:
-            interest.mailbox.wake = lambda: self._news.put(True)
-            interest.on_lost = self._on_lost
-
-    @classmethod
-    def make(
-        cls,
-        session: Session,
-        subject: str,
-        handler: Handler | None,
-        wishes: Wishes,
-        submit: Callable[[Callable[[], None]], object],
-        unsubscribe: Callable[[Subscription], object],
-    ) -> Subscription:
-        """A subscription that no server knows yet.
-
-        Args:
-            submit: runs a handler over what waits for it, on a thread where user code may run.
-            unsubscribe: what the subscription's own method of that name is to do.
-
-        Raises:
-            InvalidSubjectError, ConfigError, TypeError: something makes no sense.
-        """
-        limits = session.options.limits
-        if wishes.overflow not in _OVERFLOWS:
-            raise ConfigError("overflow", f"must be one of {', '.join(_OVERFLOWS)}, not {wishes.overflow!r}")
-        if handler is None and wishes.type is not None:
-            raise ConfigError("type", "needs a handler; messages that are iterated over are decoded by Message.decode")
-        decoder = decoder_for(handler, wishes.type, session.options.codec) if handler is not None else None
-        role = Role.RESPONDER if wishes.responder else Role.SUBSCRIBER
-        interest = Interest(session.registrar.new_sid(), subject, role=role, group=wishes.group)
-        mailbox = interest.mailbox = Mailbox(
-            interest,
-            interest.sid,
-            tally=session.registrar.tally,
-            max_msgs=_positive("max_pending_msgs", wishes.max_pending_msgs, limits.pending_msgs),
-            max_bytes=_positive("max_pending_bytes", wishes.max_pending_bytes, limits.pending_bytes),
-            overflow=_OVERFLOWS[wishes.overflow],
-            concurrency=_positive("concurrency", wishes.concurrency, 1),
-        )
-        if handler is not None:
-            runner = HandlerRunner(session, mailbox, subject, handler, decoder, responder=wishes.responder)
-            mailbox.wake = lambda: submit(runner.run)
-        return cls(interest, handler, unsubscribe)
-
-    # ---- facts -------------------------------------------------------------------------------------------------------
 
     @property
     def subject(self) -> str:
@@ -175,6 +145,64 @@ class Subscription:
     def pending_bytes(self) -> int:
         """Bytes of payload and headers that are kept for it."""
         return self._mailbox.pending_bytes
+
+    def __repr__(self) -> str:
+        state = "" if self.is_active else ", ended"
+        group = f" in group {self.group!r}" if self.group else ""
+        return f"<Subscription to {self.subject!r}{group}, {self.pending_msgs} waiting{state}>"
+
+
+class Subscription(SubscriptionFacts):
+    """What `EventClient.subscribe` returns.
+
+    Without a handler it is an iterator of `Message`: `for message in subscription` waits for each next one and ends
+    when the subscription does. If the connection is lost, the iterator raises ConnectionLostError once the messages
+    received before are taken; if messages came faster than they were taken, SlowConsumerError.
+
+    As a context manager it unsubscribes at the end. Any thread may use it; each message goes to one of the threads that
+    iterate.
+    """
+
+    def __init__(
+        self, interest: Interest, handler: Handler | None, unsubscribe: Callable[[Subscription], object]
+    ) -> None:
+        super().__init__(interest, handler)
+        self._unsubscribe = unsubscribe
+        self._taking = threading.Lock()
+        # What happens to an iterator: True, there are messages and it is our turn to take them; an exception; None, the
+        # end.
+        self._news: queue.SimpleQueue[bool | Exception | None] = queue.SimpleQueue()
+        self._batch: Batch | None = None
+        self._may_take = False
+        if handler is None:
+            interest.mailbox.wake = lambda: self._news.put(True)
+            interest.on_lost = self._on_lost
+
+    @classmethod
+    def make(
+        cls,
+        session: Session,
+        subject: str,
+        handler: Handler | None,
+        wishes: Wishes,
+        submit: Callable[[Callable[[], None]], object],
+        unsubscribe: Callable[[Subscription], object],
+    ) -> Subscription:
+        """A subscription that no server knows yet.
+
+        Args:
+            submit: runs a handler over what waits for it, on a thread where user code may run.
+            unsubscribe: what the subscription's own method of that name is to do.
+
+        Raises:
+            InvalidSubjectError, ConfigError, TypeError: something makes no sense.
+        """
+        interest, decoder = prepare(session, subject, handler, wishes)
+        mailbox = interest.mailbox
+        if handler is not None:
+            runner = HandlerRunner(session, mailbox, subject, handler, decoder, responder=wishes.responder)
+            mailbox.wake = lambda: submit(runner.run)
+        return cls(interest, handler, unsubscribe)
 
     # ---- use ---------------------------------------------------------------------------------------------------------
 
@@ -253,8 +281,3 @@ class Subscription:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.unsubscribe()
-
-    def __repr__(self) -> str:
-        state = "" if self.is_active else ", ended"
-        group = f" in group {self.group!r}" if self.group else ""
-        return f"<Subscription to {self.subject!r}{group}, {self.pending_msgs} waiting{state}>"

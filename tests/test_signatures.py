@@ -138,7 +138,7 @@ def test_coroutine_functions_are_for_the_other_client() -> None:
 
     for bad in (handler, functools.partial(handler), Object()):
         with pytest.raises(TypeError, match="coroutine"):
-            wanted_type(bad)
+            decoder_for(bad, None, Codec.MSGPACK)
 
 
 def test_annotations_that_lead_nowhere() -> None:
