@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 from evbus._version import __version__
 
 if TYPE_CHECKING:
+    from evbus.aio import AsyncEventClient
+    from evbus.aio_subscription import AsyncSubscription
     from evbus.client import EventClient, connect
     from evbus.errors import (
         AuthError,
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "UNLIMITED",
+    "AsyncEventClient",
+    "AsyncSubscription",
     "AuthError",
     "BufferFullError",
     "ClientClosedError",
@@ -97,6 +101,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncEventClient": "aio",
+    "AsyncSubscription": "aio_subscription",
     "ClientLimits": "options",
     "ClientStats": "message",
     "ConnectStatus": "message",

@@ -90,6 +90,7 @@ def test_python_in_the_documents(document: str, server: EventServer, monkeypatch
         if block.language != "python" or file_of(block):
             continue
         text = "\n" * (block.line - 1) + block.text.replace(DEFAULT, f"evbus://{server.address}")
+        text = text.replace('"127.0.0.1", 9100', f'"127.0.0.1", {server.port}')
         code = compile(text, document, "exec")
         if block.mark == "sketch":
             continue

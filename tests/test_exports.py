@@ -14,6 +14,8 @@ from helpers_cli import Program
 import evbus
 
 PUBLIC = [
+    "AsyncEventClient",
+    "AsyncSubscription",
     "AuthError",
     "BufferFullError",
     "ClientClosedError",

@@ -1,0 +1,546 @@
+"""The asyncio client: a thin shell that suspends and resumes. What is said and heard is the session's business.
+
+All of a client belongs to the event loop on which it connects, its handlers and callbacks too. Nothing here may be
+called from other threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from types import TracebackType
+from typing import Any, TypeVar, overload
+
+from evbus._clock import SystemClock
+from evbus._inbox import Waiter
+from evbus._message import Message
+from evbus._outbox import PACK_YIELD
+from evbus.aio_loop import AsyncWaiting, Callbacks, LoopReactor, Tasks, dial_tcp_async, wake_future
+from evbus.aio_subscription import AsyncSubscription
+from evbus.client_core import ClientCore
+from evbus.correlation import Notify
+from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, check_address
+from evbus.errors import ClientClosedError, CodecError, EvbusError
+from evbus.events import Query, address_of, response_of, subscribed
+from evbus.message import ClientStats, ConnectStatus, Receipt
+from evbus.options import ClientLimits, SessionOptions, check_timeout
+from evbus.payload import OMITTED, codec_from_name, encode, make_decoder
+from evbus.plan import Interest
+from evbus.reports import Reports
+from evbus.routers import EventRouter
+from evbus.session import MAX_QUERY_S, Session
+from evbus.signatures import Handler
+from evbus.subscription import Wishes
+from evbus.wire import Codec
+
+__all__ = ["AsyncEventClient"]
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+_log = logging.getLogger("evbus.client")
+
+_BYTES = int(Codec.BYTES)
+# What stands for "no limit" where the time has to be counted.
+_LONG_S = 3600.0 * 24 * 365
+
+
+class AsyncEventClient:
+    """A client of an event bus server, for asyncio.
+
+    ::
+
+        async with AsyncEventClient("127.0.0.1", 9100) as bus:
+            await bus.publish("email.new", Email("hello", "..."))
+
+    Args:
+        host, port: the server's.
+        name: what the server calls this client in its logs.
+        auth: the token that the server asks for.
+        codec: "msgpack" or "json", for structured values; bytes and str go as they are.
+        heartbeat: seconds between heartbeats. A server silent for twice as long is taken for lost.
+        limits: what this client keeps in memory, and takes from a server.
+        on_error: `on_error(error, message)` gets what no call can raise: a handler's exception (with the message it was
+            given), an error the server reports, a lost connection (with None).
+        on_status: `on_status(status)` gets each change of `status`.
+
+    Handlers and both callbacks may be coroutine functions or plain functions. They run on the loop; a plain one that
+    takes its time holds up everything else there.
+
+    Raises:
+        ConfigError: an option makes no sense.
+
+    Any await of a client may be cancelled. Works on every loop that can watch sockets (`add_reader`), uvloop's among
+    them.
+    """
+
+    def __init__(
+        self,
+        host: str = DEFAULT_HOST,
+        port: int = DEFAULT_PORT,
+        *,
+        name: str | None = None,
+        auth: str | None = None,
+        codec: str = "msgpack",
+        heartbeat: float = 5.0,
+        limits: ClientLimits | None = None,
+        on_error: Callable[[BaseException, Message | None], object] | None = None,
+        on_status: Callable[[ConnectStatus], object] | None = None,
+    ) -> None:
+        self._where = check_address(host, port)
+        self._options = SessionOptions(
+            name=name if name is not None else "",
+            token=auth if auth is not None else "",
+            heartbeat_s=heartbeat,
+            codec=codec_from_name(codec),
+            limits=limits if limits is not None else ClientLimits(),
+        )
+        self._tasks = Tasks()
+        callbacks = Callbacks(self._tasks)
+        reports = Reports(callbacks.defer, callbacks.wrap(on_error), callbacks.wrap(on_status))
+        self._session = Session(self._options, SystemClock(), reports)
+        self._session.address = str(self._where)
+        self._session.outbox.gather()
+        self._waiting = AsyncWaiting(self._session)
+        self._session.answers.send = self._waiting.push_now
+        self._pack_event = self._session.outbox.pack_event
+        self._core: ClientCore | None = None
+        self._life = asyncio.Lock()  # connect and disconnect, one at a time
+        self._subscriptions: dict[Interest, AsyncSubscription] = {}
+
+    # ---- connecting --------------------------------------------------------------------------------------------------
+
+    async def connect(self, timeout: float = 3.0) -> AsyncEventClient:
+        """Connect, and restore the subscriptions made before. Returns the client itself; nothing happens if it is
+        connected already.
+
+        Args:
+            timeout: seconds for all of it.
+
+        Raises:
+            ConnectError: the server cannot be reached.
+            NotEventServerError: something answered, but no event server.
+            AuthError: the server refused the credentials.
+            ClientClosedError: the client was disconnected; make a new one.
+        """
+        seconds = check_timeout(timeout) or _LONG_S
+        async with self._life:
+            if self.status is ConnectStatus.CLOSED:
+                raise ClientClosedError("connect")
+            if self._session.is_connected:
+                return self
+            loop = asyncio.get_running_loop()
+            deadline = loop.time() + seconds
+            self._session.set_status(ConnectStatus.CONNECTING)
+            core = ClientCore(LoopReactor(loop), self._session)
+            try:
+                transport = await dial_tcp_async(self._where, seconds)
+                connected = loop.create_future()
+                # The session keeps the deadline.
+                left = max(deadline - loop.time(), 0.01)
+                waiter = core.attach(transport, left, partial(wake_future, connected))
+                await connected
+                waiter.result()
+            except BaseException as exc:
+                core.close()
+                self._session.connect_failed(exc)
+                raise
+            self._core = core
+        return self
+
+    async def disconnect(self, drain: bool = True, timeout: float = 5.0) -> None:
+        """Close the client for good; another one must be made to connect again. Again: nothing happens.
+
+        Args:
+            drain: finish what was begun: no more messages are taken in, handlers finish those that wait, and the server
+                takes everything published. False: whatever waits is discarded.
+            timeout: seconds for the drain; what was not finished by then is logged and
+                discarded, and handlers still at work are cancelled.
+
+        A handler may call it; it does not wait for itself. Cancelled, it closes the client all the same, at once.
+        """
+        seconds = check_timeout(timeout, zero=True)
+        if self._session.is_closing:  # by another task, or by the one whose handler this is
+            return
+        async with self._life:
+            if self._session.is_closing:
+                return
+            try:
+                if drain and self._session.is_connected:
+                    await self._drain(time.monotonic() + (_LONG_S if seconds is None else seconds))
+            finally:
+                self._close()
+                await self._tasks.cancel()
+
+    async def _drain(self, deadline: float) -> None:
+        with suppress(EvbusError):  # no time left, or no connection: then there is nothing more to do
+            await self._waiting.outcome(self._session.drain, deadline - time.monotonic())
+            if not await self._tasks.wait_idle(deadline - time.monotonic()):
+                _log.warning(
+                    "closing with %d messages unhandled, as handlers did not finish in time",
+                    self._session.stats().pending_msgs,
+                )
+            await self._waiting.outcome(self._session.flush, deadline - time.monotonic())
+
+    def _close(self) -> None:
+        self._session.set_status(ConnectStatus.CLOSED)
+        if self._core is not None:
+            self._core.close()
+        for interest, subscription in list(self._subscriptions.items()):
+            self._session.unsubscribe(interest)
+            subscription._ended()
+        self._subscriptions.clear()
+
+    @property
+    def status(self) -> ConnectStatus:
+        """Where the connection stands."""
+        return self._session.status
+
+    @property
+    def address(self) -> str:
+        """The server's address, as "host:port"."""
+        return str(self._where)
+
+    def stats(self) -> ClientStats:
+        """Counters since the client was made, and what waits now."""
+        return self._session.stats()
+
+    async def rtt(self, timeout: float | None = 3.0) -> float:
+        """Seconds that the server takes to answer, everything sent before included.
+
+        Raises:
+            ConfirmTimeoutError: it did not answer in time.
+            NotConnectedError, ConnectionLostError: no connection, or none any more.
+        """
+        begun = time.perf_counter()
+        await self._waiting.outcome(self._session.flush, check_timeout(timeout))
+        return time.perf_counter() - begun
+
+    async def __aenter__(self) -> AsyncEventClient:
+        return await self.connect()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.disconnect()
+
+    def __repr__(self) -> str:
+        return f"<AsyncEventClient of {self._where}, {self.status.value}>"
+
+    # ---- subscribing -------------------------------------------------------------------------------------------------
+
+    async def subscribe(
+        self,
+        subject: str | type,
+        handler: Handler | None = None,
+        *,
+        type: Any = None,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+    ) -> AsyncSubscription:
+        """Subscribe to a subject, or a pattern: `*` stands for one token, a final `>` for one or more.
+
+        On a connected client the subscription is active when this returns. Otherwise it becomes active with `connect`.
+
+        Args:
+            handler: called, and awaited, with each message, in order. Its first parameter decides what it gets:
+                the payload decoded into the type it is annotated with, or the `Message` if it has no annotation. If the
+                message is a query, a value that it returns, or publishes on the query's subject meanwhile, is the
+                answer. Without a handler, iterate over the subscription.
+            type: what the handler gets, instead of what its annotation says.
+            group: each message goes to one member of the group.
+            concurrency: how many messages are handled at the same time; more than 1 gives up their order.
+            max_pending_msgs, max_pending_bytes: what may wait for the handler; by default as `limits` say.
+            overflow: what becomes of a message that finds no room: "close" ends the subscription with SlowConsumerError
+                (given to `on_error`); "drop_newest" and "drop_oldest" drop a message and count it.
+
+        Raises:
+            InvalidSubjectError, ConfigError, TypeError: the subject, an option or the handler makes no sense.
+            PermissionDeniedError, RefusedError: the server does not allow it.
+            ConnectionLostError: the connection was lost meanwhile; there is no subscription.
+            ClientClosedError: the client is closed.
+        """
+        wishes = Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow)
+        return await self._subscribe(subject, handler, wishes)
+
+    def on(
+        self,
+        subject: str | type,
+        *,
+        type: Any = None,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+    ) -> Callable[[F], F]:
+        """`subscribe` as a decorator, not awaited; the function stays as it is. `unsubscribe(subject, function)` ends
+        it.
+
+        On a connected client the subscription is active after the next `flush`, which raises what the server has
+        against it. Otherwise it becomes active with `connect`.
+        """
+        wishes = Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow)
+        return self._decorator(subject, wishes)
+
+    def on_query(
+        self, subject: str | type, *, type: Any = None, group: str | None = None, concurrency: int = 1
+    ) -> Callable[[F], F]:
+        """A decorator: the function answers queries on the subject, and gets no events.
+
+        What it returns is the answer, None included, unless it has answered by `Message.reply` or `Message.fail`. If it
+        raises, the asker gets a RemoteError. Of several responders the server asks one at a time, in turn.
+
+        Active, args and errors: as for `on`.
+        """
+        return self._decorator(subject, Wishes(type, group, concurrency, responder=True))
+
+    async def unsubscribe(self, subject: str | type | AsyncSubscription, handler: Handler | None = None) -> None:
+        """End subscriptions: one, or those on exactly that subject or pattern, or of them those with that handler.
+
+        Returns when the server has confirmed; no handler call begins after that, and what was waiting is discarded. If
+        there is no such subscription nothing happens.
+        """
+        if isinstance(subject, AsyncSubscription):
+            found = [item for item in list(self._subscriptions.items()) if item[1] is subject]
+        else:
+            subject, _ = subscribed(subject, None, None)
+            found = [
+                (interest, subscription)
+                for interest, subscription in list(self._subscriptions.items())
+                if interest.subject == subject and (handler is None or subscription.handler == handler)
+            ]
+        for interest, subscription in found:
+            await self._end(interest, subscription)
+
+    def _decorator(self, subject: str | type, wishes: Wishes) -> Callable[[F], F]:
+        def decorate(handler: F) -> F:
+            interest = self._prepare(subject, handler, wishes).interest
+            try:
+                self._session.subscribe(interest)
+            except BaseException:
+                self._forget(interest)
+                raise
+            return handler
+
+        return decorate
+
+    async def include(self, router: EventRouter) -> list[AsyncSubscription]:
+        """Subscribe all handlers that the router has by now; all or none. Returns their subscriptions.
+
+        Raises:
+            Exception: as `subscribe`, for the first handler that cannot be subscribed.
+        """
+        made: list[AsyncSubscription] = []
+        try:
+            for one in router.declared():
+                made.append(await self._subscribe(one.subject, one.handler, one.wishes))  # noqa: PERF401
+        except BaseException:
+            for subscription in made:
+                await subscription.unsubscribe()
+            raise
+        return made
+
+    async def _subscribe(self, subject: Any, handler: Handler | None, wishes: Wishes) -> AsyncSubscription:
+        subscription = self._prepare(subject, handler, wishes)
+        interest = subscription.interest
+        try:
+            await self._waiting.outcome(lambda notify: self._session.subscribe(interest, notify), None)
+        except BaseException:
+            self._forget(interest)
+            subscription._ended()
+            raise
+        return subscription
+
+    def _prepare(self, subject: Any, handler: Handler | None, wishes: Wishes) -> AsyncSubscription:
+        if not isinstance(subject, str):
+            subject, wanted = subscribed(subject, handler, wishes.type)
+            wishes = replace(wishes, type=wanted)
+        subscription = AsyncSubscription.make(
+            self._session, subject, handler, wishes, self._waiting, self._tasks, self.unsubscribe
+        )
+        self._subscriptions[subscription.interest] = subscription
+        return subscription
+
+    def _forget(self, interest: Interest) -> None:
+        self._subscriptions.pop(interest, None)
+        self._session.unsubscribe(interest)
+
+    async def _end(self, interest: Interest, subscription: AsyncSubscription) -> None:
+        def begin(notify: Notify) -> Waiter | None:
+            waiter = self._session.unsubscribe(interest, notify)
+            subscription._ended()
+            return waiter
+
+        self._subscriptions.pop(interest, None)
+        with suppress(EvbusError):  # without the connection, or on a server that does not know it, it is over too
+            await self._waiting.outcome(begin, None)
+
+    # ---- publishing and asking ---------------------------------------------------------------------------------------
+
+    async def publish(
+        self,
+        subject: Any,
+        message: object = OMITTED,
+        *,
+        headers: Mapping[str, str] | None = None,
+        confirm: bool = False,
+        timeout: float | None = None,
+    ) -> Receipt | None:
+        """Publish a message. It is sent soon, in the order of the calls; `flush` waits until the server has it.
+
+        Called by a handler of `subscribe` that is at a query, on the query's subject, it is the answer to the query.
+
+        Args:
+            subject: text; or an object of a class that names its subject (`evbus.event`), which is then the message.
+            message: bytes and str go as they are; dataclasses, Structs and containers are encoded. Nothing: no payload.
+            headers: text to text, 16 KiB at most.
+            confirm: wait until the server has queued the message for every matching subscriber, and return its Receipt.
+            timeout: seconds to wait for room in a full buffer, and for the receipt; None: as long as the connection
+                lasts. 0 without `confirm` never waits.
+
+        Raises:
+            NotConnectedError, ClientClosedError, InvalidSubjectError, CodecError, PayloadTooLargeError,
+            BufferFullError:
+                nothing was published.
+            PermissionDeniedError, RefusedError: the server refused it (only with `confirm`; else see `flush`).
+            ConfirmTimeoutError, ConnectionLostError: the outcome is unknown (only with `confirm`).
+
+        Every 64 KiB the loop gets a turn, so that a task that only publishes holds up nobody. If the publish is
+        cancelled, its outcome is unknown.
+        """
+        # The short way, for what is published by the million.
+        if type(message) is bytes and headers is None and not confirm:
+            status = self._pack_event(subject, message, _BYTES)
+            if not status:
+                return None
+            if status == PACK_YIELD:
+                await asyncio.sleep(0)
+                return None
+        return await self._publish(subject, message, headers, confirm, timeout)
+
+    async def _publish(
+        self, subject: Any, message: object, headers: Mapping[str, str] | None, confirm: bool, timeout: float | None
+    ) -> Receipt | None:
+        if type(subject) is not str:
+            subject, message = address_of(subject, message)
+        seconds = check_timeout(timeout, zero=not confirm)
+        codec, payload = self._encode(subject, message)
+        if confirm:
+            receipt: Receipt = await self._waiting.exchange(
+                lambda notify: self._session.publish(
+                    subject, codec, payload, headers=headers, confirm=True, notify=notify, timeout=seconds or 0.0
+                ),
+                seconds,
+            )
+            return receipt
+        if headers is None:
+            status = self._pack_event(subject, payload, int(codec))
+            if not status:
+                return None
+            if status == PACK_YIELD:
+                await asyncio.sleep(0)
+                return None
+        await self._waiting.push(self._session.publish(subject, codec, payload, headers=headers), seconds)
+        return None
+
+    async def flush(self, timeout: float | None = None) -> None:
+        """Return when the server has taken everything that this client published so far.
+
+        Raises:
+            EvbusError: the first error that the server reported, since the last flush, for a publish without `confirm`,
+                for example PermissionDeniedError.
+            ConfirmTimeoutError: the server did not answer within `timeout` seconds.
+            NotConnectedError, ConnectionLostError: no connection, or none any more.
+        """
+        await self._waiting.outcome(self._session.flush, check_timeout(timeout))
+        error = self._session.reports.take_unreported()
+        if error is not None:
+            raise error
+
+    @overload
+    async def query(
+        self, subject: Query[T], *, timeout: float | None = ..., headers: Mapping[str, str] | None = ...
+    ) -> T: ...
+    @overload
+    async def query(
+        self,
+        subject: str,
+        message: object = ...,
+        response: type[T] = ...,
+        *,
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> T: ...
+    @overload
+    async def query(
+        self,
+        subject: str,
+        message: object = ...,
+        response: Any = None,
+        *,
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> Any: ...
+    async def query(
+        self,
+        subject: Any,
+        message: object = OMITTED,
+        response: Any = None,
+        *,
+        timeout: float | None = 3.0,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
+        """Ask, and wait for the answer.
+
+        Args:
+            message: as for `publish`.
+            response: the type to decode the answer into; `Message` for the answer as it came; None for the value as it
+                was sent, in plain containers.
+            timeout: seconds; None: a minute, which is also as long as servers wait at most.
+
+        Raises:
+            NoRespondersError: nobody is there to answer; told at once.
+            RemoteError: the responder failed.
+            ResponderLostError: the responder went away before it answered.
+            QueryTimeoutError: no answer in time. The responder may have acted all the same.
+            ConnectionLostError: so did our connection.
+            CodecError: the answer does not fit `response`.
+            NotConnectedError, InvalidSubjectError, PayloadTooLargeError, BufferFullError: nothing was asked.
+
+        Cancelled, the query is taken back at the server.
+        """
+        seconds = check_timeout(timeout) or MAX_QUERY_S
+        subject, message = address_of(subject, message)
+        if response is None:
+            response = response_of(message)
+        codec, payload = self._encode(subject, message)
+        decoder = make_decoder(response, self._options.codec) if response is not Message else None
+        answer: Message = await self._waiting.exchange(
+            lambda notify: self._session.query(
+                subject, codec, payload, headers=headers, notify=notify, timeout=seconds
+            ),
+            seconds,
+        )
+        if decoder is None:
+            return answer
+        try:
+            return decoder(answer.codec, answer.data)
+        except CodecError as exc:
+            exc.subject = subject
+            raise
+
+    def _encode(self, subject: str, message: object) -> tuple[Codec, bytes]:
+        try:
+            return encode(message, self._options.codec)
+        except CodecError as exc:
+            exc.subject = subject
+            raise

@@ -1,0 +1,156 @@
+"""Running a subscription's handler on an asyncio loop, be it a coroutine function or a plain one.
+
+A subscription that has something to do has a task (`concurrency` of them at most), not each message: a handler that
+does not suspend costs no more than its call, and one that does is in a task of its own kind, with timeouts and all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from typing import Any
+
+from evbus._mailbox import Batch, Mailbox
+from evbus._message import Message
+from evbus.aio_loop import AsyncWaiting
+from evbus.correlation import AnsweredError
+from evbus.errors import NotConnectedError
+from evbus.handlers import HandlerRunner
+from evbus.payload import Decoder
+from evbus.session import Session
+from evbus.signatures import Handler, is_coroutine_function
+
+__all__ = ["AsyncHandlerRunner"]
+
+_log = logging.getLogger("evbus.client")
+
+# After so many messages the loop gets a turn, if the handler has not given it one.
+_TURN_MSGS = 1024
+
+
+class AsyncHandlerRunner(HandlerRunner):
+    """One subscription's handler. `work` is for a task, `run` for nobody.
+
+    Args:
+        waiting: where an answer waits for room.
+        Others: as for HandlerRunner.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        mailbox: Mailbox,
+        subject: str,
+        handler: Handler,
+        decoder: Decoder[Any] | None,
+        waiting: AsyncWaiting,
+        *,
+        responder: bool = False,
+    ) -> None:
+        super().__init__(session, mailbox, subject, handler, decoder, responder=responder)
+        self._waiting = waiting
+        self._coroutine = is_coroutine_function(handler)
+
+    async def work(self) -> None:
+        """Handle what waits, in order, until nothing does. Ends early only if its task is cancelled by the client."""
+        take = self._mailbox.take
+        batch: Batch | None = None
+        handled = 0
+        while (batch := take(batch)) is not None:
+            handled += len(batch)
+            if batch.plain:
+                await self._work_events(batch)
+            else:
+                for message in batch:
+                    if message.is_query:
+                        await self._work_query(message)
+                    else:
+                        await self._work_event(message)
+            if handled >= _TURN_MSGS:
+                handled = 0
+                await asyncio.sleep(0)
+
+    async def _work_events(self, batch: Batch) -> None:
+        """A batch without a query: the loops that have to be fast."""
+        handler, decoder = self.handler, self._decoder
+        message: Message | None = None
+        while True:
+            try:
+                if not self._coroutine:
+                    for message in batch:
+                        result = handler(message if decoder is None else decoder(message.codec, message.data))
+                        if result is not None and inspect.isawaitable(result):
+                            await result
+                elif decoder is None:
+                    for message in batch:
+                        await handler(message)
+                else:
+                    for message in batch:
+                        await handler(decoder(message.codec, message.data))
+                return
+            except BaseException as exc:  # noqa: BLE001 - the user's code
+                assert message is not None
+                self._raised(exc, message)
+
+    async def _work_event(self, message: Message) -> None:
+        try:
+            result = self.handler(self._argument(message))
+            if result is not None and inspect.isawaitable(result):
+                await result
+        except BaseException as exc:  # noqa: BLE001 - as above
+            self._raised(exc, message)
+
+    async def _work_query(self, message: Message) -> None:
+        """Have a query answered: by the value returned, by a publish on its subject, or by a failure."""
+        try:
+            answer = await self._work_ask(message)
+            if answer is not None or self._responder:
+                await self._send(message, answer)
+                return
+        except BaseException as exc:  # noqa: BLE001 - as above
+            self._query_failed(exc, message)
+            self._stop_at(exc)
+            return
+        self._give_up(message, None)
+
+    async def _work_ask(self, message: Message) -> object:
+        argument = self._argument(message)
+        token = self._begin(message) if not self._responder else None
+        try:
+            answer = self.handler(argument)
+            if answer is not None and inspect.isawaitable(answer):
+                answer = await answer
+            return answer
+        finally:
+            if token is not None:
+                self._end(token)
+
+    async def _send(self, message: Message, answer: object) -> None:
+        if message.answered:
+            return
+        try:
+            sending = self._session.answers.prepared(message, answer)
+            if not sending.pack():
+                await self._waiting.push(sending, None)
+        except AnsweredError:
+            pass  # by another handler, a moment ago
+        except NotConnectedError:
+            # The query went with its connection; its asker has been told.
+            _log.debug("the answer on %r found no connection", message.subject)
+
+    def _raised(self, error: BaseException, message: Message) -> None:
+        self._report(error, message)
+        self._stop_at(error)
+
+    def _stop_at(self, error: BaseException) -> None:
+        """A cancellation may be the handler's own affair, for example of a task that it waits for; it ends the work if
+        this task is meant. SystemExit and KeyboardInterrupt go to the loop, as from any task: they end the program.
+        """
+        if isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit)):
+            raise error
+        if isinstance(error, asyncio.CancelledError):
+            # Before 3.11 a task does not tell. Then only a closed client ends the work.
+            cancelling = getattr(asyncio.current_task(), "cancelling", int)
+            if cancelling() or not self._session.is_connected:
+                raise error

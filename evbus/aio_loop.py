@@ -1,0 +1,330 @@
+"""An asyncio loop as the client's core sees it, and how the asyncio client waits: for outcomes, room, a server.
+
+The core is the one of the synchronous client: the socket is the loop's to watch (`add_reader`, `add_writer`) and ours
+to read and write. No stream of asyncio's comes between, so what waits to be sent is in our own outbox, counted and
+bounded. (`StreamWriter.drain` never waits after `writelines` on some versions of Python: CVE-2024-12254.) A loop that
+cannot watch sockets, which is the proactor loop of Windows, will not do.
+
+Everything here belongs to the loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from evbus._inbox import Waiter
+from evbus.correlation import Notify, Sending
+from evbus.dial import Address, no_connection, unknown_host
+from evbus.errors import BufferFullError
+from evbus.reactor import EVENT_READ, EVENT_WRITE, Cancellable, HasFileno
+from evbus.session import Session
+from evbus.transport import TcpTransport
+
+__all__ = ["AsyncWaiting", "Callbacks", "LoopReactor", "Tasks", "dial_tcp_async", "wake_future"]
+
+_log = logging.getLogger("evbus.client")
+
+# What a handler that was cancelled gets to clean up.
+_CANCEL_S = 1.0
+
+
+def wake_future(future: asyncio.Future[None]) -> None:
+    """Let whoever awaits it go on."""
+    if not future.done():
+        future.set_result(None)
+
+
+class LoopReactor:
+    """The loop with the methods of a `reactor.Loop`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._callbacks: dict[int, tuple[int, Callable[[int], object]]] = {}
+        self.now = loop.time
+        self.call_at: Callable[[float, Callable[[], object]], Cancellable] = loop.call_at
+        self.call_later: Callable[[float, Callable[[], object]], Cancellable] = loop.call_later
+
+    def call_soon(self, callback: Callable[[], object]) -> None:
+        """Make a call in the loop's next turn."""
+        self._loop.call_soon(callback)
+
+    # There is one thread, so nobody has to be woken.
+    call_threadsafe = call_soon
+
+    def register(self, fileobj: HasFileno, events: int, callback: Callable[[int], object]) -> None:
+        """Watch a descriptor."""
+        self._watch(fileobj.fileno(), 0, events, callback)
+
+    def modify(self, fileobj: HasFileno, events: int) -> None:
+        """Watch it for something else."""
+        before, callback = self._callbacks[fileobj.fileno()]
+        self._watch(fileobj.fileno(), before, events, callback)
+
+    def unregister(self, fileobj: HasFileno) -> None:
+        """Watch it no more."""
+        fd = fileobj.fileno()
+        before, callback = self._callbacks[fd]
+        self._watch(fd, before, 0, callback)
+        del self._callbacks[fd]
+
+    def _watch(self, fd: int, before: int, events: int, callback: Callable[[int], object]) -> None:
+        loop = self._loop
+        self._callbacks[fd] = (events, callback)
+        if (before ^ events) & EVENT_READ:
+            if events & EVENT_READ:
+                loop.add_reader(fd, callback, EVENT_READ)
+            else:
+                loop.remove_reader(fd)
+        if (before ^ events) & EVENT_WRITE:
+            if events & EVENT_WRITE:
+                loop.add_writer(fd, callback, EVENT_WRITE)
+            else:
+                loop.remove_writer(fd)
+
+
+class AsyncWaiting:
+    """Suspends a coroutine until the session has something for it. Any of its waits may be cancelled."""
+
+    def __init__(self, session: Session) -> None:
+        self._correlation = session.correlation
+        self._outbox = session.outbox
+        self._outbox.on_room = self._on_room
+        self._room: list[asyncio.Future[None]] = []
+
+    async def outcome(self, start: Callable[[Notify], Waiter | None], seconds: float | None) -> Any:
+        """Start a request and wait for its outcome.
+
+        Args:
+            start: is given what to call when the outcome is there; returns None if there is nothing to wait for.
+            seconds: None: as long as it takes.
+        """
+        future = asyncio.get_running_loop().create_future()
+        waiter = start(partial(wake_future, future))
+        return await self._wait(waiter, future, seconds, seconds) if waiter is not None else None
+
+    async def exchange(self, make: Callable[[Notify], Sending], seconds: float | None) -> Any:
+        """Send a message and wait for its outcome; `seconds` are for both."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        sending = make(partial(wake_future, future))
+        left = seconds
+        if not sending.pack():
+            begun = loop.time()
+            await self.push(sending, seconds)
+            left = None if seconds is None else begun + seconds - loop.time()
+        assert sending.waiter is not None
+        return await self._wait(sending.waiter, future, left, seconds)
+
+    async def push(self, sending: Sending, seconds: float | None) -> None:
+        """Get a message into the buffer, waiting for room.
+
+        Raises:
+            BufferFullError: there was none in time.
+        """
+        loop = asyncio.get_running_loop()
+        deadline: float | None = None
+        while not sending.pack():
+            if not self._outbox.want_room(sending.size):
+                continue
+            now = loop.time()
+            if deadline is None and seconds is not None:
+                deadline = now + seconds
+            if deadline is not None and now >= deadline:
+                raise self._full()
+            await self._wait_for_room(loop, deadline)
+
+    def push_now(self, sending: Sending) -> None:
+        """Get a message into the buffer without waiting, for callers that are no coroutines.
+
+        Raises:
+            BufferFullError: there is no room.
+        """
+        while not sending.pack():
+            if self._outbox.want_room(sending.size):
+                raise self._full()
+
+    def _full(self) -> BufferFullError:
+        return BufferFullError(self._outbox.pending_bytes, self._outbox.high_bytes)
+
+    async def _wait_for_room(self, loop: asyncio.AbstractEventLoop, deadline: float | None) -> None:
+        future = loop.create_future()
+        self._room.append(future)
+        timer = loop.call_at(deadline, wake_future, future) if deadline is not None else None
+        try:
+            await future
+        finally:
+            if timer is not None:
+                timer.cancel()
+            with suppress(ValueError):  # there was room, and the list is a new one
+                self._room.remove(future)
+
+    def _on_room(self) -> None:
+        waiting, self._room = self._room, []
+        for future in waiting:
+            wake_future(future)
+
+    async def _wait(
+        self, waiter: Waiter, future: asyncio.Future[None], left: float | None, seconds: float | None
+    ) -> Any:
+        timer: asyncio.TimerHandle | None = None
+        if left is not None and seconds is not None:
+            timer = asyncio.get_running_loop().call_later(max(left, 0.0), self._expire, waiter, future, seconds)
+        try:
+            await future
+        except BaseException:  # cancelled
+            self._correlation.abandon(waiter)
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+        return waiter.result()
+
+    def _expire(self, waiter: Waiter, future: asyncio.Future[None], seconds: float) -> None:
+        self._correlation.expire(waiter, seconds)
+        wake_future(future)
+
+
+class Tasks:
+    """The tasks that run a client's handlers."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def spawn(self, job: Coroutine[Any, Any, None]) -> None:
+        """Run it, soon."""
+        task = asyncio.get_running_loop().create_task(job)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _others(self) -> set[asyncio.Task[None]]:
+        return self._tasks - {asyncio.current_task()}
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the caller is one of them."""
+        return asyncio.current_task() in self._tasks
+
+    async def wait_idle(self, timeout: float) -> bool:
+        """Wait until none is at work, the caller's own not counted. Returns whether that came true in time."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        while others := self._others():
+            left = deadline - loop.time()
+            if left <= 0:
+                return False
+            await asyncio.wait(others, timeout=left)
+        return True
+
+    async def cancel(self) -> None:
+        """End those that are at work, but the caller's own."""
+        others = self._others()
+        for task in others:
+            task.cancel()
+        if others:
+            await asyncio.wait(others, timeout=_CANCEL_S)
+
+
+class Callbacks:
+    """The user's `on_error` and `on_status`, which may be coroutine functions: those run one at a time, in order.
+
+    Args:
+        tasks: where they run.
+    """
+
+    def __init__(self, tasks: Tasks) -> None:
+        self._tasks = tasks
+        self._waiting: deque[Awaitable[object]] = deque()
+        self._running = False
+
+    def defer(self, call: Callable[[], object]) -> None:
+        """Make a call in the loop's next turn."""
+        asyncio.get_running_loop().call_soon(call)
+
+    def wrap(self, callback: Callable[..., object] | None) -> Callable[..., object] | None:
+        """The callback as a plain function."""
+        return None if callback is None else partial(self._call, callback)
+
+    def _call(self, callback: Callable[..., object], *args: object) -> None:
+        result = callback(*args)
+        if isinstance(result, Awaitable):
+            self._waiting.append(result)
+            if not self._running:
+                self._running = True
+                self._tasks.spawn(self._run())
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                try:
+                    await self._waiting.popleft()
+                except Exception:  # noqa: BLE001 - the user's code
+                    _log.exception("a callback failed")
+        finally:
+            self._running = False
+            while self._waiting:  # cancelled
+                left = self._waiting.popleft()
+                if isinstance(left, Coroutine):
+                    left.close()
+
+
+async def dial_tcp_async(address: Address, timeout_s: float) -> TcpTransport:
+    """Connect to the first of a host's addresses that answers.
+
+    Raises:
+        ConnectError: names the address, the reason, and what to do.
+    """
+    task = asyncio.get_running_loop().create_task(_dial(address, timeout_s))
+    try:
+        # Not wait_for: on some versions it swallows a cancellation that comes with the result.
+        await asyncio.wait({task}, timeout=timeout_s)
+    except BaseException:
+        task.cancel()
+        task.add_done_callback(_close_late)
+        raise
+    if not task.done():
+        task.cancel()
+        task.add_done_callback(_close_late)
+        raise no_connection(address, TimeoutError(), timeout_s)
+    return task.result()
+
+
+def _close_late(task: asyncio.Task[TcpTransport]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        task.result().close()
+
+
+async def _dial(address: Address, timeout_s: float) -> TcpTransport:
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as exc:
+        raise unknown_host(address, exc) from exc
+    failure: OSError = OSError("no address")
+    for family, kind, protocol, _, where in dict.fromkeys(found):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setblocking(False)
+            await loop.sock_connect(sock, where)
+            return TcpTransport(sock)
+        except OSError as exc:
+            sock.close()
+            failure = _as_system_error(exc)
+        except BaseException:
+            sock.close()
+            raise
+    raise no_connection(address, failure, timeout_s) from failure
+
+
+def _as_system_error(error: OSError) -> OSError:
+    """Asyncio adds the address to the words of the system; `ConnectError` names it already."""
+    if error.errno is None or error.errno < 0:
+        return error
+    return type(error)(error.errno, os.strerror(error.errno))

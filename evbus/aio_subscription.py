@@ -1,0 +1,169 @@
+"""One subscription of the asyncio client, as its user holds it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import TracebackType
+
+from evbus._mailbox import Batch
+from evbus._message import Message
+from evbus.aio_handlers import AsyncHandlerRunner
+from evbus.aio_loop import AsyncWaiting, Tasks, wake_future
+from evbus.plan import Interest
+from evbus.session import Session
+from evbus.signatures import Handler
+from evbus.subscription import SubscriptionFacts, Wishes, prepare
+
+__all__ = ["AsyncSubscription"]
+
+
+class AsyncSubscription(SubscriptionFacts):
+    """What `AsyncEventClient.subscribe` returns.
+
+    Without a handler it is an asynchronous iterator of `Message`: `async for message in subscription` waits for each
+    next one and ends when the subscription does. If the connection is lost, the iterator raises ConnectionLostError
+    once the messages received before are taken; if messages came faster than they were taken, SlowConsumerError.
+
+    As an asynchronous context manager it unsubscribes at the end. Each message goes to one of the tasks that iterate.
+    """
+
+    def __init__(
+        self, interest: Interest, handler: Handler | None, unsubscribe: Callable[[AsyncSubscription], Awaitable[None]]
+    ) -> None:
+        super().__init__(interest, handler)
+        self._unsubscribe = unsubscribe
+        # What happens to an iterator: True, there are messages and it is our turn to take them; an exception; None, the
+        # end.
+        self._news: deque[bool | Exception | None] = deque()
+        self._takers: set[asyncio.Future[None]] = set()
+        self._batch: Batch | None = None
+        self._may_take = False
+        if handler is None:
+            interest.mailbox.wake = lambda: self._tell(True)
+            interest.on_lost = self._on_lost
+
+    @classmethod
+    def make(
+        cls,
+        session: Session,
+        subject: str,
+        handler: Handler | None,
+        wishes: Wishes,
+        waiting: AsyncWaiting,
+        tasks: Tasks,
+        unsubscribe: Callable[[AsyncSubscription], Awaitable[None]],
+    ) -> AsyncSubscription:
+        """A subscription that no server knows yet.
+
+        Args:
+            waiting, tasks: of the client.
+            unsubscribe: what the subscription's own method of that name is to do.
+
+        Raises:
+            InvalidSubjectError, ConfigError, TypeError: something makes no sense.
+        """
+        interest, decoder = prepare(session, subject, handler, wishes, coroutines=True)
+        mailbox = interest.mailbox
+        if handler is not None:
+            runner = AsyncHandlerRunner(
+                session, mailbox, subject, handler, decoder, waiting, responder=wishes.responder
+            )
+            mailbox.wake = lambda: tasks.spawn(runner.work())
+        return cls(interest, handler, unsubscribe)
+
+    async def unsubscribe(self) -> None:
+        """End it. Returns when the server has confirmed; no handler call begins after that, and what was waiting is
+        discarded (counted in `discarded`). A handler call at work finishes. Again: nothing happens.
+        """
+        await self._unsubscribe(self)
+
+    async def next(self, timeout: float | None = None) -> Message:
+        """The next message.
+
+        Args:
+            timeout: seconds to wait for it; None: as long as it takes. 0 takes one that is there.
+
+        Raises:
+            TimeoutError: none came in time.
+            StopAsyncIteration: the subscription has ended.
+            ConnectionLostError, SlowConsumerError: no more messages came because of that.
+            TypeError: this subscription has a handler.
+
+        Cancelled, it has taken no message.
+        """
+        self._check()
+        loop = asyncio.get_running_loop()
+        deadline = None if timeout is None else loop.time() + timeout
+        while True:
+            if self._batch is not None:
+                message = next(self._batch, None)
+                if message is not None:
+                    return message
+                self._batch = self._mailbox.take(self._batch)
+                self._may_take = False
+                if self._batch is not None:
+                    await asyncio.sleep(0)  # a good many were taken without a pause
+            elif self._may_take:
+                self._batch = self._mailbox.take()
+                self._may_take = False
+            elif self._news:
+                self._read(self._news[0])
+            elif deadline is not None and loop.time() >= deadline:
+                raise TimeoutError(f"no message on {self.subject!r} within {timeout:g} s")
+            else:
+                await self._wait(loop, deadline)
+
+    def _read(self, news: bool | Exception | None) -> None:
+        if news is None:  # stays, for whoever asks next
+            raise StopAsyncIteration
+        self._news.popleft()
+        if isinstance(news, Exception):
+            raise news
+        self._may_take = True
+
+    async def _wait(self, loop: asyncio.AbstractEventLoop, deadline: float | None) -> None:
+        future = loop.create_future()
+        self._takers.add(future)
+        timer = loop.call_at(deadline, wake_future, future) if deadline is not None else None
+        try:
+            await future
+        finally:
+            self._takers.discard(future)
+            if timer is not None:
+                timer.cancel()
+
+    def _check(self) -> None:
+        if self._handler is not None:
+            raise TypeError(f"the subscription on {self.subject!r} has a handler, so there is nothing to iterate over")
+
+    def _tell(self, news: bool | Exception | None) -> None:
+        self._news.append(news)
+        for future in self._takers:
+            wake_future(future)
+
+    def _on_lost(self, error: Exception) -> None:
+        self._tell(error)
+        if not self.interest.active:
+            self._tell(None)
+
+    def _ended(self) -> None:
+        """The client has unsubscribed it, or was closed."""
+        self._mailbox.clear()
+        self._tell(None)
+
+    def __aiter__(self) -> AsyncIterator[Message]:
+        self._check()
+        return self
+
+    async def __anext__(self) -> Message:
+        return await self.next()
+
+    async def __aenter__(self) -> AsyncSubscription:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.unsubscribe()
