@@ -66,7 +66,7 @@ class Waiting:
             if deadline is None:
                 deadline = now + (threading.TIMEOUT_MAX / 2 if seconds is None else seconds)
             with self._room:
-                if not self._outbox.want_room():
+                if not self._outbox.want_room(sending.size):
                     continue
                 if now >= deadline or not self._room.wait(deadline - now):
                     raise BufferFullError(self._outbox.pending_bytes, self._outbox.high_bytes)

@@ -877,3 +877,45 @@ def test_the_shell_names_no_part_of_the_protocol() -> None:
         source = inspect.getsource(importlib.import_module(f"evbus.{name}"))
         for word in ("TaskId", "task_id", "ObjectId", "object_id", "back-off", "backoff"):
             assert word not in source, (name, word)
+
+
+def test_classes_that_name_their_subject_and_routers(server: EventServer) -> None:
+    @evbus.event("order.new")
+    @dataclass
+    class Order:
+        number: int
+
+    @dataclass
+    class Total(evbus.Query[int], subject="order.total"):
+        above: int
+
+    router = evbus.EventRouter(prefix="shop")
+    seen: list[object] = []
+
+    @router.on("closed")
+    async def closed(why: str) -> None:
+        seen.append(why)
+
+    async def main() -> None:
+        async with AsyncEventClient(port=server.port) as bus:
+
+            @bus.on(Order)
+            async def order(one: Order) -> None:
+                seen.append(one)
+
+            @bus.on_query(Total)
+            async def total(query: Total) -> int:
+                return query.above + 1
+
+            await bus.include(router)
+            await bus.flush()
+            await bus.publish(Order(7))
+            await bus.publish("shop.closed", "holiday")
+            assert await bus.query(Total(41)) == 42
+            await bus.unsubscribe(Order)
+            receipt = await bus.publish(Order(8), confirm=True)
+            assert receipt is not None
+            assert receipt.receivers == 0
+
+    asyncio.run(main())
+    assert seen == [Order(7), "holiday"]
