@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, overload
@@ -28,7 +29,7 @@ _LOOK_S = 0.002
 _QUIET_S = 0.05
 
 
-class Bus:
+class Bus(ABC):
     """What `ServerBus` and `MemoryBus` have in common. Both are context managers.
 
     Every method may be called from any thread. All of them block; in asyncio code, call those that wait
@@ -58,12 +59,13 @@ class Bus:
         self._watched.append(client)
         return client
 
+    @abstractmethod
     def _new_client(self, options: dict[str, Any]) -> EventClient:
-        raise NotImplementedError
+        """A client that is not connected yet."""
 
+    @abstractmethod
     def stats(self) -> dict[str, object]:
         """The server's counters, see `EventServer.stats`."""
-        raise NotImplementedError
 
     # ---- looking -----------------------------------------------------------------------------------------------------
 
@@ -238,8 +240,9 @@ class Bus:
             names = ", ".join(map(_name, stuck))
             raise AssertionError(f"a handler or callback of {names} has not returned {_PATIENCE_S:g} s after the end")
 
+    @abstractmethod
     def _end(self) -> None:
-        raise NotImplementedError
+        """End what the bus has started."""
 
     def __enter__(self) -> Bus:
         return self
