@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from evbus.events import Query, event
     from evbus.limits import UNLIMITED, Limits
     from evbus.message import ClientStats, ConnectStatus, Message, Receipt
-    from evbus.options import ClientLimits
+    from evbus.options import ClientLimits, Reconnect
     from evbus.routers import EventRouter
     from evbus.server import EventServer
     from evbus.subscription import Subscription
@@ -89,6 +89,7 @@ __all__ = [
     "QueryError",
     "QueryTimeoutError",
     "Receipt",
+    "Reconnect",
     "RefusedError",
     "RemoteError",
     "ResponderLostError",
@@ -113,6 +114,7 @@ _HOMES = {
     "Message": "message",
     "Query": "events",
     "Receipt": "message",
+    "Reconnect": "options",
     "Subscription": "subscription",
     "UNLIMITED": "limits",
     "connect": "client",

@@ -1,5 +1,5 @@
 # Layout of the client's sending side. Bodies are in _outbox.pyx.
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from evbus._frame cimport Ring
 
@@ -62,6 +62,9 @@ cdef class Outbox:
 
     cdef bytes key_of(self, object subject)
     cdef int stage(self, const void *head, size_t head_size, const void *tail, size_t tail_size) except -1
+    cdef int stage_message(self, uint32_t dialect, uint32_t object_id, bytes key, bytes payload, uint32_t flags,
+                           uint32_t codec, int32_t deadline_ms, bytes task_id, bytes query_task_id, bytes headers,
+                           bint force) except -1
     cdef int after_stage(self, bint urgent) except -1
     cdef bint full(self, size_t size) noexcept
     cdef void refresh_fast(self) noexcept

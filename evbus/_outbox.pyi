@@ -3,7 +3,7 @@
 See `_outbox.pyx` for how it works.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol, final
 
 from typing_extensions import Self, disjoint_base
@@ -66,12 +66,19 @@ class Outbox:
     def attach(self, transport: _Sink) -> None:
         """A fresh connection: from now on control packets may be staged and flushed, messages not yet (`open`)."""
 
-    def open(self, dialect: int, payload_limit: int) -> None:
+    def open(
+        self, dialect: int, payload_limit: int, kept: Iterable[tuple[bytes, bytes, bytes, int, int]] = ()
+    ) -> list[tuple[str, int]]:
         """The handshake is done and the subscriptions are staged: let messages in.
 
         Args:
             dialect: EVBUS_2, or H23_199 for a server that did not announce itself.
             payload_limit: largest payload that the server takes, in bytes.
+            kept: messages that waited for this: tuples of the subject's UTF-8, payload, headers, flags and codec. They
+                are staged before any other message, however many bytes they are.
+
+        Returns:
+            of the kept ones those that were not staged as they are over the limit: tuples of subject and bytes.
         """
 
     def close(self) -> None:

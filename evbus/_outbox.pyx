@@ -123,18 +123,32 @@ cdef class Outbox:
         self.drop()
         self.transport = transport
 
-    def open(self, uint32_t dialect, size_t payload_limit):
+    def open(self, uint32_t dialect, size_t payload_limit, kept=()):
         """The handshake is done and the subscriptions are staged: let messages in.
 
         Args:
             dialect: EVBUS_2, or H23_199 for a server that did not announce itself.
             payload_limit: largest payload that the server takes, in bytes.
+            kept: messages that waited for this: tuples of the subject's UTF-8, payload, headers, flags and codec. They
+                are staged before any other message, however many bytes they are.
+
+        Returns:
+            of the kept ones those that were not staged as they are over the limit: tuples of subject and bytes.
         """
+        cdef bytes key, payload, headers
+        cdef list refused = []
         if dialect != D_EVBUS_2 and dialect != D_H23_199:
             raise ValueError("a client speaks EVBUS_2 or H23_199")
+        for key, payload, headers, flags, codec in kept:
+            if <size_t>PyBytes_GET_SIZE(payload) > payload_limit:
+                refused.append((key.decode(), PyBytes_GET_SIZE(payload)))
+            else:
+                self.stage_message(dialect, O_PUBLISH, key, payload, flags, codec, 0, b"", b"", headers, True)
+                self.packed_msgs += 1
         self.dialect = dialect
         self.payload_limit = payload_limit
         self.refresh_fast()
+        return refused
 
     def close(self):
         """Take no more messages; what is staged can still be flushed, and control packets pass."""
@@ -371,11 +385,7 @@ cdef class Outbox:
         Raises:
             PayloadTooLargeError: above the server's limit; nothing was staged.
         """
-        cdef uint8_t head[HEAD_ROOM]
-        cdef uint8_t *p = head + HEADER_23
-        cdef size_t size, head_size
-        cdef size_t payload_size = <size_t>PyBytes_GET_SIZE(payload)
-        cdef uint32_t version = 2
+        cdef int r
         if object_id != O_PUBLISH and object_id != O_QUERY:
             raise ValueError("only publishes and queries are messages of a client")
         if (PyBytes_GET_SIZE(key) > MAX_SUBJECT or PyBytes_GET_SIZE(task_id) > MAX_TASK_ID
@@ -383,9 +393,25 @@ cdef class Outbox:
             raise ValueError("a field is over its limit")
         if self.dialect == D_UNKNOWN:
             return P_CLOSED
-        if payload_size > self.payload_limit:
-            raise PayloadTooLargeError(payload_size, self.payload_limit, key.decode())
-        if self.dialect == D_EVBUS_2:
+        if <size_t>PyBytes_GET_SIZE(payload) > self.payload_limit:
+            raise PayloadTooLargeError(PyBytes_GET_SIZE(payload), self.payload_limit, key.decode())
+        r = self.stage_message(self.dialect, object_id, key, payload, flags, codec, deadline_ms, task_id, query_task_id,
+                               headers, False)
+        if r == P_OK:
+            self.packed_msgs += 1
+            self.after_stage(urgent)
+        return r
+
+    cdef int stage_message(self, uint32_t dialect, uint32_t object_id, bytes key, bytes payload, uint32_t flags,
+                           uint32_t codec, int32_t deadline_ms, bytes task_id, bytes query_task_id, bytes headers,
+                           bint force) except -1:
+        # Stages a message whose fields are within their limits; P_OK, or P_FULL unless `force`.
+        cdef uint8_t head[HEAD_ROOM]
+        cdef uint8_t *p = head + HEADER_23
+        cdef size_t size, head_size
+        cdef size_t payload_size = <size_t>PyBytes_GET_SIZE(payload)
+        cdef uint32_t version = 2
+        if dialect == D_EVBUS_2:
             p[0] = <uint8_t>(flags & 0xff)
             p[1] = <uint8_t>(codec & 0xff)
             p = store_u32(p + 2, 0)
@@ -404,7 +430,7 @@ cdef class Outbox:
         size = head_size + 4 + payload_size
         if PyBytes_GET_SIZE(headers):
             size += 4 + <size_t>PyBytes_GET_SIZE(headers)
-        if self.full(size):
+        if not force and self.full(size):
             return P_FULL
         store_header(head, HEADER_23, <uint32_t>size, 0, object_id, version, self.clock.read())
         # Room for all first; then nothing below can fail half way.
@@ -417,8 +443,6 @@ cdef class Outbox:
             p = head
         p = store_u32(p, <uint32_t>payload_size)
         self.stage(head, <size_t>(p - head), PyBytes_AS_STRING(payload), payload_size)
-        self.packed_msgs += 1
-        self.after_stage(urgent)
         return P_OK
 
     def pack_control(self, bytes packet not None, bint urgent=False):

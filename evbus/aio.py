@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -20,22 +20,24 @@ from evbus._clock import SystemClock
 from evbus._inbox import Waiter
 from evbus._message import Message
 from evbus._outbox import PACK_YIELD
-from evbus.aio_loop import AsyncWaiting, Callbacks, LoopReactor, Tasks, dial_tcp_async, wake_future
+from evbus.aio_loop import AsyncDialler, AsyncWaiting, Callbacks, LoopReactor, Tasks, dial_async
 from evbus.aio_subscription import AsyncSubscription
-from evbus.client_core import ClientCore
+from evbus.connector import Connector
 from evbus.correlation import Notify
-from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, check_address
+from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, Server, check_servers
 from evbus.errors import ClientClosedError, CodecError, EvbusError
 from evbus.events import Query, address_of, response_of, subscribed
 from evbus.message import ClientStats, ConnectStatus, Receipt
-from evbus.options import ClientLimits, SessionOptions, check_timeout
+from evbus.options import ClientLimits, Reconnect, SessionOptions, check_reconnect, check_timeout
 from evbus.payload import OMITTED, codec_from_name, encode, make_decoder
 from evbus.plan import Interest
+from evbus.reactor import Loop
 from evbus.reports import Reports
 from evbus.routers import EventRouter
 from evbus.session import MAX_QUERY_S, Session
 from evbus.signatures import Handler
 from evbus.subscription import Wishes
+from evbus.transport import Transport
 from evbus.wire import Codec
 
 __all__ = ["AsyncEventClient"]
@@ -60,9 +62,12 @@ class AsyncEventClient:
 
     Args:
         host, port: the server's.
+        servers: URLs, instead of host and port: tried in their order each time a connection is needed.
         name: what the server calls this client in its logs.
         auth: the token that the server asks for.
         codec: "msgpack" or "json", for structured values; bytes and str go as they are.
+        reconnect: True: when the connection is lost a new one is sought until there is one, and every subscription
+            restored. False: it is not. `Reconnect(...)` for other pauses, or a buffer for what is published meanwhile.
         heartbeat: seconds between heartbeats. A server silent for twice as long is taken for lost.
         limits: what this client keeps in memory, and takes from a server.
         on_error: `on_error(error, message)` gets what no call can raise: a handler's exception (with the message it was
@@ -79,78 +84,102 @@ class AsyncEventClient:
     them.
     """
 
+    # The network: what the testing kit puts its memory in the place of.
+    _dial: Callable[[Server, float], Coroutine[Any, Any, Transport]] = staticmethod(dial_async)
+    _make_reactor: Callable[[asyncio.AbstractEventLoop], Loop] = LoopReactor
+
     def __init__(
         self,
         host: str = DEFAULT_HOST,
         port: int = DEFAULT_PORT,
         *,
+        servers: Sequence[str] | None = None,
         name: str | None = None,
         auth: str | None = None,
         codec: str = "msgpack",
+        reconnect: bool | Reconnect = True,
         heartbeat: float = 5.0,
         limits: ClientLimits | None = None,
         on_error: Callable[[BaseException, Message | None], object] | None = None,
         on_status: Callable[[ConnectStatus], object] | None = None,
     ) -> None:
-        self._where = check_address(host, port)
+        self._servers = check_servers(host, port, servers)
         self._options = SessionOptions(
             name=name if name is not None else "",
             token=auth if auth is not None else "",
             heartbeat_s=heartbeat,
             codec=codec_from_name(codec),
             limits=limits if limits is not None else ClientLimits(),
+            reconnect=check_reconnect(reconnect),
         )
         self._tasks = Tasks()
         callbacks = Callbacks(self._tasks)
         reports = Reports(callbacks.defer, callbacks.wrap(on_error), callbacks.wrap(on_status))
         self._session = Session(self._options, SystemClock(), reports)
-        self._session.address = str(self._where)
+        self._session.address = str(self._servers[0])
         self._session.outbox.gather()
         self._waiting = AsyncWaiting(self._session)
         self._session.answers.send = self._waiting.push_now
         self._pack_event = self._session.outbox.pack_event
-        self._core: ClientCore | None = None
+        self._dialler = AsyncDialler(self._dial)
+        self._connector: Connector[Server] | None = None
         self._life = asyncio.Lock()  # connect and disconnect, one at a time
         self._subscriptions: dict[Interest, AsyncSubscription] = {}
 
     # ---- connecting --------------------------------------------------------------------------------------------------
 
-    async def connect(self, timeout: float = 3.0) -> AsyncEventClient:
+    async def connect(self, timeout: float | None = 3.0, *, retry: bool = False) -> AsyncEventClient:
         """Connect, and restore the subscriptions made before. Returns the client itself; nothing happens if it is
-        connected already.
+        connected already. If the client is reconnecting, it tries at once, and this waits for it.
 
         Args:
-            timeout: seconds for all of it.
+            timeout: seconds for all of it; None: as long as it takes.
+            retry: if no server is to be had, try again until the time is up.
 
         Raises:
-            ConnectError: the server cannot be reached.
+            ConnectError: no server can be reached.
             NotEventServerError: something answered, but no event server.
             AuthError: the server refused the credentials.
             ClientClosedError: the client was disconnected; make a new one.
         """
         seconds = check_timeout(timeout) or _LONG_S
         async with self._life:
-            if self.status is ConnectStatus.CLOSED:
+            if self._session.is_closing:
                 raise ClientClosedError("connect")
-            if self._session.is_connected:
+            if self._session.is_ready:
                 return self
-            loop = asyncio.get_running_loop()
-            deadline = loop.time() + seconds
-            self._session.set_status(ConnectStatus.CONNECTING)
-            core = ClientCore(LoopReactor(loop), self._session)
+            seeking = self._session.is_reconnecting
+            connector = self._connector
+            if connector is None:
+                reactor = self._make_reactor(asyncio.get_running_loop())
+                connector = self._connector = Connector(reactor, self._session, self._servers, self._dialler)
             try:
-                transport = await dial_tcp_async(self._where, seconds)
-                connected = loop.create_future()
-                # The session keeps the deadline.
-                left = max(deadline - loop.time(), 0.01)
-                waiter = core.attach(transport, left, partial(wake_future, connected))
-                await connected
-                waiter.result()
+                # The connector keeps the deadline of a first connection.
+                await self._waiting.outcome(
+                    lambda notify: connector.connect(seconds, retry, notify), seconds if seeking else None
+                )
             except BaseException as exc:
-                core.close()
-                self._session.connect_failed(exc)
+                if not seeking:
+                    connector.close()
+                    self._connector = None
+                    await self._dialler.cancel()
+                    self._session.gave_up(exc)
                 raise
-            self._core = core
+        return self
+
+    async def wait_connected(self, timeout: float | None = None) -> AsyncEventClient:
+        """Return, with the client itself, as soon as there is a connection with every subscription active.
+
+        Raises:
+            ConnectError: there was none in time; the client goes on trying.
+            NotConnectedError: none is being sought: call `connect`.
+            ClientClosedError, ConnectionLostError: there will be none.
+        """
+        seconds = check_timeout(timeout)
+        connector = self._connector
+        if connector is None:
+            raise self._session.not_connected("wait_connected")
+        await self._waiting.outcome(connector.expect, seconds)
         return self
 
     async def disconnect(self, drain: bool = True, timeout: float = 5.0) -> None:
@@ -167,6 +196,8 @@ class AsyncEventClient:
         seconds = check_timeout(timeout, zero=True)
         if self._session.is_closing:  # by another task, or by the one whose handler this is
             return
+        if self._connector is not None:
+            self._connector.stop()  # whoever is connecting need not wait for the end of it
         async with self._life:
             if self._session.is_closing:
                 return
@@ -175,6 +206,7 @@ class AsyncEventClient:
                     await self._drain(time.monotonic() + (_LONG_S if seconds is None else seconds))
             finally:
                 self._close()
+                await self._dialler.cancel()
                 await self._tasks.cancel()
 
     async def _drain(self, deadline: float) -> None:
@@ -188,9 +220,9 @@ class AsyncEventClient:
             await self._waiting.outcome(self._session.flush, deadline - time.monotonic())
 
     def _close(self) -> None:
-        self._session.set_status(ConnectStatus.CLOSED)
-        if self._core is not None:
-            self._core.close()
+        self._session.closed()
+        if self._connector is not None:
+            self._connector.close()
         for interest, subscription in list(self._subscriptions.items()):
             self._session.unsubscribe(interest)
             subscription._ended()
@@ -203,8 +235,8 @@ class AsyncEventClient:
 
     @property
     def address(self) -> str:
-        """The server's address, as "host:port"."""
-        return str(self._where)
+        """The server's address, as "host:port" or a path; of several servers the one that was tried last."""
+        return self._session.address
 
     def stats(self) -> ClientStats:
         """Counters since the client was made, and what waits now."""
@@ -230,7 +262,7 @@ class AsyncEventClient:
         await self.disconnect()
 
     def __repr__(self) -> str:
-        return f"<AsyncEventClient of {self._where}, {self.status.value}>"
+        return f"<AsyncEventClient of {self.address}, {self.status.value}>"
 
     # ---- subscribing -------------------------------------------------------------------------------------------------
 

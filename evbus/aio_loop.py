@@ -22,13 +22,14 @@ from typing import Any
 
 from evbus._inbox import Waiter
 from evbus.correlation import Notify, Sending
-from evbus.dial import Address, no_connection, unknown_host
+from evbus.connector import Dialled
+from evbus.dial import Server, UnixAddress, no_connection, unix_socket, unknown_host
 from evbus.errors import BufferFullError
 from evbus.reactor import EVENT_READ, EVENT_WRITE, Cancellable, HasFileno
 from evbus.session import Session
-from evbus.transport import TcpTransport
+from evbus.transport import TcpTransport, Transport
 
-__all__ = ["AsyncWaiting", "Callbacks", "LoopReactor", "Tasks", "dial_tcp_async", "wake_future"]
+__all__ = ["AsyncDialler", "AsyncWaiting", "Callbacks", "LoopReactor", "Tasks", "dial_async", "wake_future"]
 
 _log = logging.getLogger("evbus.client")
 
@@ -275,52 +276,72 @@ class Callbacks:
                     left.close()
 
 
-async def dial_tcp_async(address: Address, timeout_s: float) -> TcpTransport:
-    """Connect to the first of a host's addresses that answers.
+class AsyncDialler:
+    """Makes a connector's connections, each in a task of its own.
+
+    Args:
+        dial: a coroutine function that connects.
+    """
+
+    def __init__(self, dial: Callable[[Server, float], Coroutine[Any, Any, Transport]]) -> None:
+        self._dial = dial
+        self._tasks: set[asyncio.Task[Transport]] = set()
+
+    def __call__(self, server: Server, timeout_s: float, dialled: Dialled) -> None:
+        """See `connector.Dial`."""
+        task = asyncio.get_running_loop().create_task(self._dial(server, timeout_s))
+        self._tasks.add(task)
+        task.add_done_callback(partial(self._done, dialled))
+
+    def _done(self, dialled: Dialled, task: asyncio.Task[Transport]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled():
+            return
+        error = task.exception()
+        dialled(error if error is not None else task.result())
+
+    async def cancel(self) -> None:
+        """End those that are at work; what they have is closed."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_CANCEL_S)
+
+
+async def dial_async(server: Server, timeout_s: float) -> TcpTransport:
+    """Connect to a server; to the first of a host's addresses that answers. Whoever asks keeps the time.
 
     Raises:
         ConnectError: names the address, the reason, and what to do.
     """
-    task = asyncio.get_running_loop().create_task(_dial(address, timeout_s))
-    try:
-        # Not wait_for: on some versions it swallows a cancellation that comes with the result.
-        await asyncio.wait({task}, timeout=timeout_s)
-    except BaseException:
-        task.cancel()
-        task.add_done_callback(_close_late)
-        raise
-    if not task.done():
-        task.cancel()
-        task.add_done_callback(_close_late)
-        raise no_connection(address, TimeoutError(), timeout_s)
-    return task.result()
-
-
-def _close_late(task: asyncio.Task[TcpTransport]) -> None:
-    if not task.cancelled() and task.exception() is None:
-        task.result().close()
-
-
-async def _dial(address: Address, timeout_s: float) -> TcpTransport:
     loop = asyncio.get_running_loop()
+    if isinstance(server, UnixAddress):
+        try:
+            return await _connected(loop, unix_socket(server), server.path)
+        except OSError as exc:
+            raise no_connection(server, _as_system_error(exc), timeout_s) from exc
     try:
-        found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        found = await loop.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as exc:
-        raise unknown_host(address, exc) from exc
+        raise unknown_host(server, exc) from exc
     failure: OSError = OSError("no address")
     for family, kind, protocol, _, where in dict.fromkeys(found):
-        sock = socket.socket(family, kind, protocol)
         try:
-            sock.setblocking(False)
-            await loop.sock_connect(sock, where)
-            return TcpTransport(sock)
+            return await _connected(loop, socket.socket(family, kind, protocol), where)
         except OSError as exc:
-            sock.close()
             failure = _as_system_error(exc)
-        except BaseException:
-            sock.close()
-            raise
-    raise no_connection(address, failure, timeout_s) from failure
+    raise no_connection(server, failure, timeout_s) from failure
+
+
+async def _connected(loop: asyncio.AbstractEventLoop, sock: socket.socket, where: Any) -> TcpTransport:
+    try:
+        sock.setblocking(False)
+        await loop.sock_connect(sock, where)
+        return TcpTransport(sock)
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _as_system_error(error: OSError) -> OSError:

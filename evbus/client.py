@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
@@ -22,12 +22,12 @@ from evbus._clock import SystemClock
 from evbus._inbox import Waiter
 from evbus._message import Message
 from evbus.correlation import Notify
-from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, Address, check_address, dial_tcp, parse_url
+from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, Server, check_servers, dial
 from evbus.errors import ClientClosedError, CodecError, EvbusError
 from evbus.events import Answering, Handling, Query, address_of, response_of, subscribed
 from evbus.io_thread import IoThread
 from evbus.message import ClientOptions, ClientStats, ConnectStatus, Receipt
-from evbus.options import ClientLimits, SessionOptions, check_timeout
+from evbus.options import ClientLimits, Reconnect, SessionOptions, check_reconnect, check_timeout
 from evbus.payload import OMITTED, codec_from_name, encode, make_decoder
 from evbus.plan import Interest
 from evbus.reactor import Reactor
@@ -68,9 +68,12 @@ class EventClient:
 
     Args:
         host, port: the server's.
+        servers: URLs, instead of host and port: tried in their order each time a connection is needed.
         name: what the server calls this client in its logs.
         auth: the token that the server asks for.
         codec: "msgpack" or "json", for structured values; bytes and str go as they are.
+        reconnect: True: when the connection is lost a new one is sought until there is one, and every subscription
+            restored. False: it is not. `Reconnect(...)` for other pauses, or a buffer for what is published meanwhile.
         heartbeat: seconds between heartbeats. A server silent for twice as long is taken for lost.
         limits: what this client keeps in memory, and takes from a server.
         on_error: `on_error(error, message)` gets what no call can raise: a handler's exception (with the message it was
@@ -87,7 +90,7 @@ class EventClient:
     """
 
     # The network: what the testing kit puts its memory in the place of.
-    _dial: Callable[[Address, float], Transport] = staticmethod(dial_tcp)
+    _dial: Callable[[Server, float], Transport] = staticmethod(dial)
     _make_reactor: Callable[[], Reactor] = Reactor
 
     def __init__(
@@ -95,68 +98,86 @@ class EventClient:
         host: str = DEFAULT_HOST,
         port: int = DEFAULT_PORT,
         *,
+        servers: Sequence[str] | None = None,
         name: str | None = None,
         auth: str | None = None,
         codec: str = "msgpack",
+        reconnect: bool | Reconnect = True,
         heartbeat: float = 5.0,
         limits: ClientLimits | None = None,
         on_error: Callable[[BaseException, Message | None], object] | None = None,
         on_status: Callable[[ConnectStatus], object] | None = None,
     ) -> None:
-        self._where = check_address(host, port)
+        places = check_servers(host, port, servers)
         self._options = SessionOptions(
             name=name if name is not None else "",
             token=auth if auth is not None else "",
             heartbeat_s=heartbeat,
             codec=codec_from_name(codec),
             limits=limits if limits is not None else ClientLimits(),
+            reconnect=check_reconnect(reconnect),
         )
         self._pool = WorkerPool("evbus-worker")
         reports = Reports(SerialQueue(self._pool).post, on_error, on_status)
         self._session = Session(self._options, SystemClock(), reports, lock=threading.RLock())
-        self._session.address = str(self._where)
+        self._session.address = str(places[0])
         self._waiting = Waiting(self._session)
         self._session.answers.send = lambda sending: self._waiting.push(sending, None)
         self._pack_event = self._session.outbox.pack_event
-        self._io = IoThread(self._session, self._pool, self._make_reactor)
+        self._io = IoThread(self._session, places, self._dial, self._pool, self._make_reactor)
         self._life = threading.RLock()  # connect and disconnect, one at a time
         self._subscriptions: dict[Interest, Subscription] = {}
 
     # ---- connecting --------------------------------------------------------------------------------------------------
 
-    def connect(self, timeout: float = 3.0) -> EventClient:
+    def connect(self, timeout: float | None = 3.0, *, retry: bool = False) -> EventClient:
         """Connect, and restore the subscriptions made before. Returns the client itself; nothing happens if it is
-        connected already.
+        connected already. If the client is reconnecting, it tries at once, and this waits for it.
 
         Args:
-            timeout: seconds for all of it.
+            timeout: seconds for all of it; None: as long as it takes.
+            retry: if no server is to be had, try again until the time is up.
 
         Raises:
-            ConnectError: the server cannot be reached.
+            ConnectError: no server can be reached.
             NotEventServerError: something answered, but no event server.
             AuthError: the server refused the credentials.
             ClientClosedError: the client was disconnected; make a new one.
         """
         seconds = check_timeout(timeout) or _LONG_S
         with self._life:
-            if self.status is ConnectStatus.CLOSED:
+            if self._session.is_closing:
                 raise ClientClosedError("connect")
-            if self._session.is_connected:
+            if self._session.is_ready:
                 return self
-            deadline = time.monotonic() + seconds
-            self._session.set_status(ConnectStatus.CONNECTING)
+            seeking = self._session.is_reconnecting
             try:
-                core = self._io.start()
-                transport = self._dial(self._where, seconds)
-                left = max(deadline - time.monotonic(), 0.01)
-                # The session keeps the deadline; what comes on top is for a thread that stands still.
+                connector = self._io.start()
+                # The connector keeps the deadline; what comes on top is for a thread that stands still.
                 self._waiting.outcome(
-                    lambda notify: self._io.call(lambda: core.attach(transport, left, notify)), left + 5.0
+                    lambda notify: self._io.call(lambda: connector.connect(seconds, retry, notify)),
+                    seconds if seeking else seconds + 5.0,
                 )
             except BaseException as exc:
-                self._io.stop()
-                self._session.connect_failed(exc)
+                if not seeking:
+                    self._io.stop()
+                    self._session.gave_up(exc)
                 raise
+        return self
+
+    def wait_connected(self, timeout: float | None = None) -> EventClient:
+        """Return, with the client itself, as soon as there is a connection with every subscription active.
+
+        Raises:
+            ConnectError: there was none in time; the client goes on trying.
+            NotConnectedError: none is being sought: call `connect`.
+            ClientClosedError, ConnectionLostError: there will be none.
+        """
+        seconds = check_timeout(timeout)
+        connector = self._io.connector
+        if connector is None:
+            raise self._session.not_connected("wait_connected")
+        self._waiting.outcome(lambda notify: self._io.call(lambda: connector.expect(notify)), seconds)
         return self
 
     def disconnect(self, drain: bool = True, timeout: float = 5.0) -> None:
@@ -172,12 +193,13 @@ class EventClient:
         seconds = check_timeout(timeout, zero=True)
         if self._session.is_closing:  # by another thread, or by the one whose handler this is
             return
+        self._io.interrupt()  # whoever is connecting need not wait for the end of it
         with self._life:
             if self._session.is_closing:
                 return
             if drain and self._session.is_connected:
                 self._drain(time.monotonic() + (_LONG_S if seconds is None else seconds))
-            self._session.set_status(ConnectStatus.CLOSED)
+            self._session.closed()
             self._io.stop()
             for interest, subscription in list(self._subscriptions.items()):
                 self._session.unsubscribe(interest)
@@ -202,8 +224,8 @@ class EventClient:
 
     @property
     def address(self) -> str:
-        """The server's address, as "host:port"."""
-        return str(self._where)
+        """The server's address, as "host:port" or a path; of several servers the one that was tried last."""
+        return self._session.address
 
     def stats(self) -> ClientStats:
         """Counters since the client was made, and what waits now."""
@@ -229,7 +251,7 @@ class EventClient:
         self.disconnect()
 
     def __repr__(self) -> str:
-        return f"<EventClient of {self._where}, {self.status.value}>"
+        return f"<EventClient of {self.address}, {self.status.value}>"
 
     # ---- subscribing -------------------------------------------------------------------------------------------------
 
@@ -684,18 +706,22 @@ class EventClient:
 
 
 def connect(
-    url: str = f"evbus://{DEFAULT_HOST}:{DEFAULT_PORT}", *, timeout: float = 3.0, **options: Unpack[ClientOptions]
+    url: str = f"evbus://{DEFAULT_HOST}:{DEFAULT_PORT}",
+    *,
+    timeout: float | None = 3.0,
+    retry: bool = False,
+    **options: Unpack[ClientOptions],
 ) -> EventClient:
     """A connected client.
 
     Args:
-        url: `evbus://host:port`; the scheme and the port may be left out.
-        timeout: seconds for connecting.
+        url: `evbus://host:port`, or several servers as `evbus://one:9100,two:9100`, or `unix:///path`. The scheme
+            `evbus` and the port may be left out.
+        timeout, retry: as for `EventClient.connect`.
         options: as for EventClient.
 
     Raises:
         ConfigError: the URL or an option makes no sense.
         ConnectError, NotEventServerError, AuthError: as for `EventClient.connect`.
     """
-    host, port = parse_url(url)
-    return EventClient(host, port, **options).connect(timeout)
+    return EventClient(servers=[url], **options).connect(timeout, retry=retry)

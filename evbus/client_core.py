@@ -14,6 +14,8 @@ from evbus.reactor import EVENT_READ, EVENT_WRITE, Cancellable, Loop
 from evbus.session import Session
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from evbus._inbox import Waiter
     from evbus._mailbox import Mailbox
     from evbus.correlation import Notify
@@ -37,6 +39,9 @@ class ClientCore:
     Args:
         reactor: the loop.
         session: what is said and heard. Its mailboxes' `wake` is called when they have messages and need a worker.
+
+    Attributes:
+        on_lost: called when a connection has ended, by whatever cause.
     """
 
     def __init__(self, reactor: Loop, session: Session) -> None:
@@ -49,6 +54,7 @@ class ClientCore:
         self._timer: Cancellable | None = None
         self._poll_timer: Cancellable | None = None
         self._flushes = 0
+        self.on_lost: Callable[[], object] | None = None
         session.outbox.wake = self._wake
 
     def _wake(self) -> None:
@@ -184,6 +190,8 @@ class ClientCore:
         self._session.lost(error)
         self._leaving.append(transport)
         self._close_left()
+        if self.on_lost is not None:
+            self.on_lost()
 
     def _close_left(self) -> None:
         # A thread that is still in its system call must not find the descriptor closed, or worse, taken by another

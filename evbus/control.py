@@ -25,6 +25,8 @@ _log = logging.getLogger("evbus.client")
 
 # Words of a peer that are kept; the rest is cut.
 _MAX_TEXT = 1024
+# The longest that a server can keep us away.
+_MAX_RETRY_AFTER_S = 60.0
 
 
 class Control:
@@ -33,6 +35,7 @@ class Control:
 
     Attributes:
         parting_words: why the server says that it will end the connection; empty if it has not.
+        retry_after_s: how long it wants us to wait then before we come back.
         missed: messages that the server had to drop for this client.
         late_answers: answers of ours that came when nobody waited for them any more, and failures that came to us so.
         malformed: packets that could not be read.
@@ -40,6 +43,7 @@ class Control:
 
     def __init__(self, correlation: Correlation, registrar: Registrar, reports: Reports) -> None:
         self.parting_words = ""
+        self.retry_after_s = 0.0
         self.missed = 0
         self.late_answers = 0
         self.malformed = 0
@@ -131,5 +135,6 @@ class Control:
         self.missed += count
         _log.warning("the server had to drop %d messages for this client", count)
 
-    def _on_go_away(self, _system_id: int, reason: int, _retry_after_ms: int, text: str) -> None:
+    def _on_go_away(self, _system_id: int, reason: int, retry_after_ms: int, text: str) -> None:
+        self.retry_after_s = min(max(retry_after_ms, 0) / 1000, _MAX_RETRY_AFTER_S)
         self.parting_words = one_line(text[:_MAX_TEXT]) or f"the server said goodbye (reason {reason})"

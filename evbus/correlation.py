@@ -20,7 +20,7 @@ from evbus.errors import (
 )
 from evbus.wire import HEADER_BYTES_23, ObjectId
 
-__all__ = ["AnsweredError", "Correlation", "Notify", "Sending", "encode_headers"]
+__all__ = ["AnsweredError", "Correlation", "Kept", "Notify", "Sending", "encode_headers"]
 
 #: Called once when an outcome is there, from whatever thread found it; must be quick and must not raise.
 Notify = Callable[[], object]
@@ -41,6 +41,11 @@ def encode_headers(headers: Mapping[str, str] | None) -> bytes:
         return pack_headers(dict(headers))
     except (TypeError, ValueError) as exc:
         raise ConfigError("headers", str(exc)) from exc
+
+
+#: A message that waits for a connection: the subject's UTF-8, payload, headers, flags, codec.
+Kept = tuple[bytes, bytes, bytes, int, int]
+_KEPT_FIELDS: tuple[tuple[str, int | bytes], ...] = (("headers", b""), ("flags", 0), ("codec", 0))
 
 
 class AnsweredError(EvbusError):
@@ -106,9 +111,20 @@ class Sending:
                     correlation.inbox.pop_waiter(waiter.task_id)
                 if self._query is not None:
                     release_answer(self._query)
-        if status == PACK_CLOSED:
-            raise correlation.not_connected(self.action)
-        return status == PACK_OK
+        if status != PACK_CLOSED:
+            return status == PACK_OK
+        if waiter is None and self._query is None and correlation.keep is not None:
+            kept = correlation.keep(self)
+            if kept is None:  # there is a connection again
+                return self.pack()
+            if kept:
+                return True
+        raise correlation.not_connected(self.action)
+
+    def kept(self) -> Kept:
+        """The message as `Outbox.open` takes it."""
+        headers, flags, codec = (self._fields.get(name, default) for name, default in _KEPT_FIELDS)
+        return self._key, self._payload, headers, flags, codec  # type: ignore[return-value]
 
 
 class Correlation:
@@ -117,6 +133,9 @@ class Correlation:
     Args:
         random: makes ids that other connections do not have.
         not_connected: the exception for an action that needs a connection when there is none.
+
+    Attributes:
+        keep: takes a message that found no connection; returns whether it did, or None if there is a connection again.
     """
 
     def __init__(
@@ -125,6 +144,7 @@ class Correlation:
         self.inbox = inbox
         self.outbox = outbox
         self.not_connected = not_connected
+        self.keep: Callable[[Sending], bool | None] | None = None
         self._random = random
         self._prefix = ""
         self._ids = itertools.count(1)

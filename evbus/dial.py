@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -14,10 +15,14 @@ __all__ = [
     "DEFAULT_HOST",
     "DEFAULT_PORT",
     "Address",
+    "Server",
+    "UnixAddress",
     "check_address",
-    "dial_tcp",
+    "check_servers",
+    "dial",
     "no_connection",
     "parse_url",
+    "unix_socket",
     "unknown_host",
 ]
 
@@ -26,13 +31,25 @@ DEFAULT_PORT = 9100
 
 
 class Address(NamedTuple):
-    """Where a server listens."""
+    """Where a server listens on TCP."""
 
     host: str = DEFAULT_HOST
     port: int = DEFAULT_PORT
 
     def __str__(self) -> str:
         return format_address((self.host, self.port))
+
+
+class UnixAddress(NamedTuple):
+    """Where a server listens on a Unix domain socket."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return self.path
+
+
+Server = Address | UnixAddress
 
 
 def check_address(host: object, port: object) -> Address:
@@ -44,56 +61,98 @@ def check_address(host: object, port: object) -> Address:
     return Address(host, port)
 
 
-def parse_url(url: str) -> Address:
-    """The address in a URL such as `evbus://127.0.0.1:9100`; the scheme and the port may be left out.
+def check_servers(host: object, port: object, servers: object) -> tuple[Server, ...]:
+    """The servers of a client, in the order in which they are tried: those of `servers`, or else host and port.
+
+    Raises:
+        ConfigError: they can be none.
+    """
+    if servers is None:
+        return (check_address(host, port),)
+    if isinstance(servers, str) or not isinstance(servers, Sequence) or not servers:
+        raise ConfigError("servers", f'must be a list of URLs, such as ["evbus://10.0.0.1:9100"], not {servers!r}')
+    return tuple(dict.fromkeys(server for url in servers for server in parse_url(url)))
+
+
+def parse_url(url: object) -> tuple[Server, ...]:
+    """The addresses in a URL: `evbus://127.0.0.1:9100`, several servers as `evbus://one:9100,two:9100`, or the path of a
+    Unix domain socket as `unix:///run/evbus.sock`. The scheme `evbus` and the port may be left out.
 
     Raises:
         ConfigError: it is no URL of a kind that is known here.
     """
     if not isinstance(url, str):
         raise ConfigError("url", f"must be text, not {type(url).__name__}")
-    if "://" not in url:
-        url = f"evbus://{url}"
+    scheme, mark, rest = url.partition("://")
+    if not mark:
+        scheme, rest = "evbus", url
+    if scheme == "unix":
+        if not rest.startswith("/"):
+            raise ConfigError("url", f"must have the whole path of a socket, as in unix:///run/evbus.sock, not {url!r}")
+        return (UnixAddress(rest),)
+    if scheme != "evbus":
+        raise ConfigError("url", f"must begin with evbus:// or unix://, not {scheme}://")
+    if "@" in rest:
+        raise ConfigError("url", "must not carry credentials, which would end up in logs; give them as `auth`")
+    return tuple(_parse_tcp(url, part) for part in rest.removesuffix("/").split(","))
+
+
+def _parse_tcp(url: str, place: str) -> Address:
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(f"evbus://{place}")
         port = parts.port
     except ValueError as exc:
         raise ConfigError("url", f"{url!r} is not readable: {exc}") from exc
-    if parts.scheme != "evbus":
-        raise ConfigError("url", f"must begin with evbus://, not {parts.scheme}://")
-    if parts.username is not None or parts.password is not None:
-        raise ConfigError("url", "must not carry credentials, which would end up in logs; give them as `auth`")
-    if parts.path not in ("", "/") or parts.query or parts.fragment:
+    if parts.path or parts.query or parts.fragment:
         raise ConfigError("url", f"{url!r} has more than host and port")
     return check_address(parts.hostname or DEFAULT_HOST, DEFAULT_PORT if port is None else port)
 
 
-def dial_tcp(address: Address, timeout_s: float) -> TcpTransport:
-    """Connect to the first of a host's addresses that answers. Blocks, at most about `timeout_s` (and what the system
-    takes to look up a name).
+def dial(server: Server, timeout_s: float) -> TcpTransport:
+    """Connect to a server; to the first of a host's addresses that answers. Blocks, at most about `timeout_s` (and what
+    the system takes to look up a name).
 
     Raises:
         ConnectError: names the address, the reason, and what to do.
     """
+    if isinstance(server, UnixAddress):
+        return _dial_unix(server, timeout_s)
     deadline = time.monotonic() + timeout_s
     try:
-        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as exc:
-        raise unknown_host(address, exc) from exc
+        raise unknown_host(server, exc) from exc
     failure: OSError = OSError("no address")
     for family, kind, protocol, _, where in dict.fromkeys(found):
-        sock = socket.socket(family, kind, protocol)
         try:
-            sock.settimeout(max(deadline - time.monotonic(), 0.001))
-            sock.connect(where)
-            return TcpTransport(sock)
+            return _connected(socket.socket(family, kind, protocol), where, deadline - time.monotonic())
         except OSError as exc:
-            sock.close()
             failure = exc
-        except BaseException:
-            sock.close()
-            raise
-    raise no_connection(address, failure, timeout_s) from failure
+    raise no_connection(server, failure, timeout_s) from failure
+
+
+def _dial_unix(server: UnixAddress, timeout_s: float) -> TcpTransport:
+    try:
+        return _connected(unix_socket(server), server.path, timeout_s)
+    except OSError as exc:
+        raise no_connection(server, exc, timeout_s) from exc
+
+
+def unix_socket(server: UnixAddress) -> socket.socket:
+    """A socket for a path. Raises ConnectError where there are none of that kind."""
+    if not hasattr(socket, "AF_UNIX"):
+        raise ConnectError(str(server), "this system has no Unix domain sockets")
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+
+
+def _connected(sock: socket.socket, where: object, timeout_s: float) -> TcpTransport:
+    try:
+        sock.settimeout(max(timeout_s, 0.001))
+        sock.connect(where)  # type: ignore[arg-type]  # as getaddrinfo gave it, or a path
+        return TcpTransport(sock)
+    except BaseException:
+        sock.close()
+        raise
 
 
 def unknown_host(address: Address, error: Exception) -> ConnectError:
@@ -102,8 +161,8 @@ def unknown_host(address: Address, error: Exception) -> ConnectError:
     return ConnectError(str(address), f"the host {address.host!r} is unknown", code)
 
 
-def no_connection(address: Address, error: OSError, timeout_s: float) -> ConnectError:
-    """The exception for an address that does not answer; a TimeoutError says that the time was up."""
+def no_connection(server: Server, error: OSError, timeout_s: float) -> ConnectError:
+    """The exception for a server that does not answer; a TimeoutError says that the time was up."""
     if isinstance(error, TimeoutError):
-        return ConnectError(str(address), f"no answer within {timeout_s:g} s", error.errno)
-    return ConnectError(str(address), (error.strerror or str(error)).lower(), error.errno)
+        return ConnectError(str(server), f"no answer within {timeout_s:g} s", error.errno)
+    return ConnectError(str(server), (error.strerror or str(error)).lower(), error.errno)

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import TypedDict
 
 from evbus._message import Message
-from evbus.options import ClientLimits
+from evbus.options import ClientLimits, Reconnect
 
 __all__ = ["ClientOptions", "ClientStats", "ConnectStatus", "Message", "Receipt"]
 
@@ -74,7 +74,9 @@ class ClientStats:
     pending_queries: int
     """Queries, confirmations and subscribes that wait for the server now."""
     pending_bytes: int
-    """Bytes in the outgoing buffer now."""
+    """Bytes that wait to be sent now."""
+    unsent_bytes: int
+    """Bytes that a connection took with it, or that were published for one that never came back."""
     pending_msgs: int
     """Messages that wait for handlers now."""
 
@@ -85,6 +87,7 @@ class ClientOptions(TypedDict, total=False):
     name: str | None
     auth: str | None
     codec: str
+    reconnect: bool | Reconnect
     heartbeat: float
     limits: ClientLimits | None
     on_error: Callable[[BaseException, Message | None], object] | None

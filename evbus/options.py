@@ -9,7 +9,7 @@ from evbus.announcement import HEARTBEAT_RANGE_S
 from evbus.errors import ConfigError
 from evbus.wire import MAX_CLIENT_ID_BYTES, MAX_PACKET_CEILING_BYTES, MAX_TOKEN_BYTES, PACKET_OVERHEAD_BYTES, Codec
 
-__all__ = ["ClientLimits", "SessionOptions", "check_timeout"]
+__all__ = ["ClientLimits", "Reconnect", "SessionOptions", "check_reconnect", "check_timeout"]
 
 _MIB = 1 << 20
 # The server regards a name as one more string of the announcement; this keeps the handshake below its 4 KiB.
@@ -51,6 +51,65 @@ class ClientLimits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reconnect:
+    """How a client gets a new connection when it has lost one. Times in seconds, sizes in bytes.
+
+    A round tries each server once, in their order. The pause before a round is random, so that the clients of a server
+    that restarts do not all come back in the same moment ("full jitter").
+
+    Raises:
+        ConfigError: a value makes no sense.
+    """
+
+    first_delay_s: float = 0.4
+    """The first round comes after anything from nothing to this."""
+
+    min_delay_s: float = 0.1
+    """The second comes after at most this; after that it doubles with each round."""
+
+    max_delay_s: float = 5.0
+    """The longest pause. After a refusal of the credentials it is the pause."""
+
+    timeout_s: float = 3.0
+    """What one server gets to answer."""
+
+    give_up_after_s: float = math.inf
+    """After so long without a connection the client stops trying. Infinite: it never does."""
+
+    buffer_bytes: int = 0
+    """Messages published while there is no connection are kept up to so many bytes, and sent first after it is back;
+    then BufferFullError. 0: there is no such buffer, and `publish` raises NotConnectedError."""
+
+    def __post_init__(self) -> None:
+        """Check each value."""
+        for name in ("first_delay_s", "min_delay_s", "max_delay_s", "timeout_s", "give_up_after_s"):
+            value: object = getattr(self, name)
+            good = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+            if not good or (value == 0 and name != "first_delay_s"):
+                raise ConfigError(f"reconnect.{name}", f"must be a positive number of seconds, not {value!r}")
+        if self.min_delay_s > self.max_delay_s or math.isinf(self.max_delay_s):
+            raise ConfigError(
+                "reconnect.max_delay_s", f"must be finite and at least min_delay_s, not {self.max_delay_s!r}"
+            )
+        size: object = self.buffer_bytes
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**62:
+            raise ConfigError("reconnect.buffer_bytes", f"must be a whole number from 0 up, not {size!r}")
+
+
+def check_reconnect(value: object) -> Reconnect | None:
+    """The option as it was given: True for the defaults, False for none, or a Reconnect.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if isinstance(value, Reconnect):
+        return value
+    if isinstance(value, bool):
+        return Reconnect() if value else None
+    raise ConfigError("reconnect", f"must be True, False or Reconnect(...), not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SessionOptions:
     """What a session needs to know of its user's wishes.
 
@@ -74,6 +133,9 @@ class SessionOptions:
     """How structured values are sent."""
 
     limits: ClientLimits = ClientLimits()
+
+    reconnect: Reconnect | None = None
+    """What happens when the connection is lost; None: nothing."""
 
     def __post_init__(self) -> None:
         """Check each value."""

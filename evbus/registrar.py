@@ -191,6 +191,9 @@ class Registrar:
             if interest.on_lost is not None:
                 interest.on_lost(error)
 
+    def tell_gap(self, count: int | None, reason: str) -> None:
+        """X"""
+
     def _end(self, interest: Interest, error: Exception) -> None:
         with self._lock:
             self._forget(interest)

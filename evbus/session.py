@@ -20,6 +20,7 @@ from evbus._frame import Ring, pack, unpack
 from evbus._inbox import Inbox, Waiter
 from evbus._outbox import PACK_OK, Clock, Outbox
 from evbus.answers import Answers, current_query
+from evbus.backlog import Backlog
 from evbus.control import Control
 from evbus.correlation import Correlation, Notify, Sending, encode_headers
 from evbus.errors import (
@@ -29,6 +30,7 @@ from evbus.errors import (
     EvbusError,
     NotConnectedError,
     NotEventServerError,
+    PayloadTooLargeError,
 )
 from evbus.handshake import HANDSHAKE_PACKET_BYTES, ServerFacts, handshake_packet, read_answer
 from evbus.message import ClientStats, ConnectStatus
@@ -105,6 +107,9 @@ class Session:
         self._last_heard = 0.0
         self._asked_at: float | None = None
         self._connects = 0
+        self._unsent_bytes = 0
+        self._backlog = Backlog(options.reconnect.buffer_bytes if options.reconnect is not None else 0)
+        self.correlation.keep = self._keep
 
     # ---- status ------------------------------------------------------------------------------------------------------
 
@@ -125,6 +130,16 @@ class Session:
         return self._handshake is not None and not self._handshake.done
 
     @property
+    def is_ready(self) -> bool:
+        """Whether there is a connection with every subscription active."""
+        return self._handshake is not None and self._handshake.done and self.outbox.is_open
+
+    @property
+    def is_reconnecting(self) -> bool:
+        """Whether the connection was lost and a new one is being sought."""
+        return self.status is ConnectStatus.RECONNECTING
+
+    @property
     def is_closing(self) -> bool:
         """Whether the user has ended it."""
         return self.status in (ConnectStatus.DRAINING, ConnectStatus.CLOSED)
@@ -142,6 +157,12 @@ class Session:
 
     # ---- the connection's life: the core's thread --------------------------------------------------------------------
 
+    def seeking(self, address: str) -> None:
+        """An attempt to connect begins."""
+        self.address = address
+        if not self.is_reconnecting:
+            self.set_status(ConnectStatus.CONNECTING)
+
     def opened(self, transport: Sink, now: float, timeout_s: float, notify: Notify | None = None) -> Waiter:
         """A connection is there: shake hands, and restore the plan.
 
@@ -157,6 +178,7 @@ class Session:
             self.failure = None
             self.facts = None
             self.control.parting_words = ""
+            self.control.retry_after_s = 0.0
             self._asked_at = None
             self.correlation.renew()
             self.inbox.start(HANDSHAKE_PACKET_BYTES)
@@ -166,7 +188,8 @@ class Session:
             self._handshake_s = timeout_s
             self._handshake_due = now + timeout_s
             self._last_heard = now
-            self.set_status(ConnectStatus.CONNECTING)
+            if not self.is_reconnecting:
+                self.set_status(ConnectStatus.CONNECTING)
             self.outbox.pack_control(
                 handshake_packet(waiter.task_id, self.options, self._client_id, self.outbox.now_ms())
             )
@@ -244,17 +267,24 @@ class Session:
         return max(self._last_heard + 2 * self._heartbeat_s, self._asked_at + self._heartbeat_s)
 
     def lost(self, error: Exception | None) -> None:
-        """The connection is over. The plan stays; everything that waited fails.
+        """The connection is over. The plan stays; everything that waited fails. If a new one is to be sought,
+        `is_reconnecting` says so.
 
         Args:
             error: why; None for an orderly end of the stream.
         """
         with self.lock:
             unsent = self.outbox.drop()
+            self._unsent_bytes += unsent
             self.inbox.start(HANDSHAKE_PACKET_BYTES)
-            waiter, self._handshake = self._handshake, None
+            waiter = self._handshake
+            self._handshake = None
+            was_up = self.facts is not None and waiter is not None and waiter.done
             self.facts = None
             self.registrar.connection_lost()
+            if was_up and not self.is_closing and self.options.reconnect is not None:
+                # Under the lock: from here on publishes are kept, if they are to be.
+                self.set_status(ConnectStatus.RECONNECTING)
         reason = self.control.parting_words or one_line(error or "the server closed the connection")
         if isinstance(error, ConnectionLostError):
             reason = error.reason
@@ -268,24 +298,72 @@ class Session:
             )
             waiter.fail(refusal)
             self.correlation.fail_all(gone)
-            self.connect_failed(refusal)
+            if not self.is_reconnecting:
+                self._stopped_at(refusal)
             return
         self.correlation.fail_all(gone)
         if closing:
             _log.info("disconnected from %s", self.address)
             return
-        self.set_status(ConnectStatus.DISCONNECTED)
         if unsent:
             reason = f"{reason}; {unsent:,} bytes were not sent"
-        _log.warning("lost the connection to %s: %s", self.address, reason)
         lost = ConnectionLostError("", reason)
-        self.registrar.tell_all(lost)
+        if self.is_reconnecting:
+            _log.warning("lost the connection to %s: %s; reconnecting", self.address, reason)
+        else:
+            _log.warning("lost the connection to %s: %s", self.address, reason)
+            self.set_status(ConnectStatus.DISCONNECTED)
+            self.registrar.tell_all(lost)
         self.reports.tell(lost)
 
-    def connect_failed(self, error: BaseException) -> None:
-        """An attempt to connect has ended without a connection."""
+    def gave_up(self, error: BaseException) -> None:
+        """The search for a connection has ended without one."""
+        searched = self.is_reconnecting
+        self._stopped_at(error)
+        if not searched:
+            return
+        dropped = self._drop_backlog()
+        reason = f"no way back: {one_line(error)}"
+        if dropped:
+            reason = f"{reason}; {dropped:,} published messages were not sent"
+        lost = ConnectionLostError("", reason)
+        self.registrar.tell_all(lost)
+        self.reports.error(lost)
+
+    def _stopped_at(self, error: BaseException) -> None:
+        """There is no connection, for this reason."""
         stranger = isinstance(error, NotEventServerError)
-        self.set_status(ConnectStatus.NOT_EVENT_SERVER if stranger else ConnectStatus.DISCONNECTED)
+        if not self.is_closing:
+            with self.lock:
+                self.set_status(ConnectStatus.NOT_EVENT_SERVER if stranger else ConnectStatus.DISCONNECTED)
+
+    def closed(self) -> None:
+        """The user has ended it."""
+        with self.lock:
+            self.set_status(ConnectStatus.CLOSED)
+        dropped = self._drop_backlog()
+        if dropped:
+            _log.warning("closing with %d published messages that found no connection", dropped)
+
+    def _drop_backlog(self) -> int:
+        """Forget what was published while there was no connection. Returns the number of messages."""
+        with self.lock:
+            self._unsent_bytes += self._backlog.size
+            return len(self._backlog.take())
+
+    def _keep(self, sending: Sending) -> bool | None:
+        """A message found no connection: keep it until there is one, if that is wanted.
+
+        Returns:
+            whether it was kept; None if there is a connection now.
+
+        Raises:
+            BufferFullError: there is no more room.
+        """
+        with self.lock:
+            if self.outbox.is_open:
+                return None
+            return self.is_reconnecting and self._backlog.add(sending)
 
     def _restore(self, now: float) -> None:
         """The handshake succeeded: subscribe to what is in the plan, then let messages through."""
@@ -298,15 +376,22 @@ class Session:
             self.inbox.forget_routes()
             self.inbox.open(facts.dialect, min(facts.packet_bytes, self.options.limits.packet_bytes))
             self._connects += 1
+            if self.is_reconnecting:
+                # Before anything of the new connection can come in.
+                self.registrar.tell_gap(None, "reconnect")
             self._heartbeat_s = min(self.options.heartbeat_s, facts.heartbeat_s or self.options.heartbeat_s)
             self.registrar.restore()
             # Its echo says that the server has taken all of them.
             self._send_beat(self.correlation.expect_beat(waiter))
             self._next_beat = now + self._heartbeat_s
-            self.outbox.open(facts.dialect, facts.payload_bytes)
+            # With what was published meanwhile, in one step: no new message can come before it.
+            refused = self.outbox.open(facts.dialect, facts.payload_bytes, self._backlog.take())
         server = f" ({one_line(facts.server)}, connection {facts.connection})" if announced else " (version 1)"
         _log.info("connected to %s%s", self.address, server)
         self.set_status(ConnectStatus.CONNECTED)
+        for subject, size in refused:
+            self._unsent_bytes += size
+            self.reports.server_error(PayloadTooLargeError(size, facts.payload_bytes, subject))
 
     # ---- requests: any thread ------------------------------------------------------------------------------------
 
@@ -446,6 +531,7 @@ class Session:
             connects=self._connects,
             subscriptions=len(self.plan),
             pending_queries=inbox.waiting,
-            pending_bytes=self.outbox.pending_bytes,
+            pending_bytes=self.outbox.pending_bytes + self._backlog.size,
+            unsent_bytes=self._unsent_bytes,
             pending_msgs=self.registrar.pending_msgs,
         )

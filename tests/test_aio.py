@@ -603,7 +603,7 @@ def test_backpressure_of_a_server_that_stalls() -> None:
 async def test_partial_writes(port: int) -> None:
     """Large messages both ways through small socket buffers arrive as they were sent (R42)."""
     async with client_of(port) as client:
-        fd = client._core._transport.fileno()  # type: ignore[union-attr]
+        fd = client._connector.core._transport.fileno()  # type: ignore[union-attr]
         with socket.fromfd(fd, socket.AF_INET, socket.SOCK_STREAM) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
         subscription = await client.subscribe("large")
@@ -642,7 +642,9 @@ def test_a_lost_connection(kind: str) -> None:
     async def scenario() -> None:
         server = EventServer(port=0).start()
         port = server.port
-        client = AsyncEventClient("127.0.0.1", port, on_error=lambda error, _: errors.append(error))
+        client = AsyncEventClient(
+            "127.0.0.1", port, reconnect=False, on_error=lambda error, _: errors.append(error)
+        )
         await client.connect()
         silent = await client.subscribe("silent", lambda _: None)
         iterated = await client.subscribe("iterated")

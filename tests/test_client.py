@@ -1125,7 +1125,9 @@ class TestStrangers:
 
         errors, statuses = Log(), Log()
         with ScriptedServer(play) as script:
-            client = EventClient("127.0.0.1", script.port, on_error=errors, on_status=statuses).connect()
+            client = EventClient(
+                "127.0.0.1", script.port, reconnect=False, on_error=errors, on_status=statuses
+            ).connect()
             subscription = client.subscribe("it")
             with pytest.raises(ConnectionLostError):
                 client.query("q", timeout=WAIT)
@@ -1153,7 +1155,7 @@ class TestStrangers:
                 pass
 
         errors = Log()
-        with connected(play, heartbeat=0.2, on_error=errors) as client:
+        with connected(play, heartbeat=0.2, reconnect=False, on_error=errors) as client:
             begun = time.monotonic()
             ((error, _),) = errors.wait(1)
             assert isinstance(error, ConnectionLostError)

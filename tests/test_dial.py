@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from evbus.dial import Address, check_address, dial_tcp, parse_url
+from evbus.dial import Address, UnixAddress, check_address, check_servers, dial, parse_url
 from evbus.errors import ConfigError, ConnectError
 
 
@@ -22,7 +22,21 @@ from evbus.errors import ConfigError, ConnectError
     ],
 )
 def test_urls(url: str, address: tuple[str, int]) -> None:
-    assert parse_url(url) == address
+    assert parse_url(url) == (address,)
+
+
+def test_urls_of_several_servers_and_of_paths() -> None:
+    assert parse_url("evbus://one,two:5,[::1]:6") == (Address("one", 9100), Address("two", 5), Address("::1", 6))
+    assert parse_url("unix:///run/x.sock") == (UnixAddress("/run/x.sock"),)
+    assert str(UnixAddress("/run/x.sock")) == "/run/x.sock"
+
+
+def test_servers_instead_of_host_and_port() -> None:
+    assert check_servers("h", 1, None) == (Address("h", 1),)
+    assert check_servers("h", 1, ["b:2", "unix:///x", "a,b:2"]) == (Address("b", 2), UnixAddress("/x"), Address("a"))
+    for wrong in ([], "b:2", 5, [5], ["http://x"]):
+        with pytest.raises(ConfigError):
+            check_servers("h", 1, wrong)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +44,8 @@ def test_urls(url: str, address: tuple[str, int]) -> None:
     [
         "http://x",
         "evbus+tls://x",
-        "unix:///run/x",
+        "unix://run/x",
+        "evbus://a,b/c",
         "evbus://a:b@x",
         "evbus://x:0",
         "evbus://x:port",
@@ -64,14 +79,14 @@ def test_addresses_print_as_people_write_them() -> None:
 def test_dialling() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        transport = dial_tcp(Address("localhost", port), 5.0)
+        transport = dial(Address("localhost", port), 5.0)
         assert transport.peer == f"127.0.0.1:{port}"
         transport.close()
     with pytest.raises(ConnectError, match=f"127.0.0.1:{port}: connection refused") as caught:
-        dial_tcp(Address("127.0.0.1", port), 5.0)
+        dial(Address("127.0.0.1", port), 5.0)
     assert caught.value.errno
     with pytest.raises(ConnectError, match="unknown"):
-        dial_tcp(Address("no-such-host.invalid", 1), 1.0)
+        dial(Address("no-such-host.invalid", 1), 1.0)
 
 
 def test_nobody_answering() -> None:
@@ -84,7 +99,7 @@ def test_nobody_answering() -> None:
         try:
             with pytest.raises(ConnectError, match=r"no answer within 0\.1 s"):
                 while len(waiting) < 20:
-                    waiting.append(dial_tcp(Address("127.0.0.1", port), 0.1))
+                    waiting.append(dial(Address("127.0.0.1", port), 0.1))
         finally:
             for transport in waiting:
                 transport.close()

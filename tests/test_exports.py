@@ -45,6 +45,7 @@ PUBLIC = [
     "QueryError",
     "QueryTimeoutError",
     "Receipt",
+    "Reconnect",
     "RefusedError",
     "RemoteError",
     "ResponderLostError",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from evbus._clock import SystemClock
+from evbus.dial import Address, dial
 from evbus.io_thread import IoThread
 from evbus.options import SessionOptions
 from evbus.reports import Reports
@@ -38,7 +39,7 @@ def pool() -> Iterator[WorkerPool]:
 @pytest.fixture
 def io(pool: WorkerPool) -> Iterator[IoThread]:
     session = Session(SessionOptions(), SystemClock(), Reports(lambda call: call()), lock=threading.RLock())
-    thread = IoThread(session, pool)
+    thread = IoThread(session, (Address(),), dial, pool)
     thread.start()
     yield thread
     thread.stop()
@@ -140,7 +141,7 @@ def test_a_job_may_stop_the_reading(io: IoThread) -> None:
 def test_stopping_closes_the_connection_even_if_a_thread_is_inside_it(io: IoThread) -> None:
     near, far = socket.socketpair()
     transport = TcpTransport(near)
-    core = io.start()
+    core = io.start().core
     io.call(lambda: core.attach(transport, 60.0))
     inside, leave = threading.Event(), threading.Event()
 

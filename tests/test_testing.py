@@ -246,7 +246,7 @@ def test_clients_that_are_known_by_their_connection(tmp_path: Path) -> None:
 
 def test_dropped_connections(bus: Bus) -> None:
     statuses = Statuses()
-    client = bus.client(on_status=statuses)
+    client = bus.client(on_status=statuses, reconnect=False)
     seen: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     client.subscribe("a", lambda message: seen.put(message.data))
     statuses.wait_for(ConnectStatus.CONNECTED)
@@ -289,7 +289,7 @@ def test_a_pause_holds_publishers_back(bus: Bus) -> None:
 
 def test_a_dead_line_is_noticed(bus: Bus) -> None:
     statuses = Statuses()
-    bus.client(on_status=statuses, heartbeat=0.1)
+    bus.client(on_status=statuses, heartbeat=0.1, reconnect=False)
     bus.pause()
     statuses.wait_for(ConnectStatus.DISCONNECTED)
 
@@ -310,7 +310,7 @@ def test_a_delay_is_there_and_back(bus: Bus) -> None:
 
 def test_a_cut_in_the_middle_of_a_message(bus: Bus) -> None:
     statuses = Statuses()
-    client = bus.client(on_status=statuses)
+    client = bus.client(on_status=statuses, reconnect=False)
     other = bus.client()
     bus.cut_after(100)
     client.publish("a", b"x" * 200)

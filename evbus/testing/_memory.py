@@ -13,7 +13,7 @@ from typing import Any
 
 from evbus import _io
 from evbus._frame import READ_BYTES, Ring
-from evbus.dial import Address
+from evbus.dial import Server
 from evbus.errors import ConnectError
 from evbus.limits import Limits
 from evbus.reactor import EVENT_READ, EVENT_WRITE, Reactor
@@ -245,7 +245,7 @@ class MemoryServer:
         """A loop for a client of this server."""
         return self._net.reactor()
 
-    def dial(self, address: Address, _timeout_s: float) -> Transport:
+    def dial(self, address: Server, _timeout_s: float) -> Transport:
         """A new connection to the server."""
         with self.faults.lock:
             if self._closed:
