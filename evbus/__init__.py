@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     )
     from evbus.events import Query, event
     from evbus.limits import UNLIMITED, Limits
-    from evbus.message import ClientStats, ConnectStatus, Message, Receipt
+    from evbus.message import ClientStats, ConnectStatus, Gap, Message, Receipt
     from evbus.options import ClientLimits, Reconnect
     from evbus.routers import EventRouter
     from evbus.server import EventServer
@@ -75,6 +75,7 @@ __all__ = [
     "EventClient",
     "EventRouter",
     "EventServer",
+    "Gap",
     "InvalidSubjectError",
     "LimitError",
     "Limits",
@@ -110,6 +111,7 @@ _HOMES = {
     "EventClient": "client",
     "EventRouter": "routers",
     "EventServer": "server",
+    "Gap": "message",
     "Limits": "limits",
     "Message": "message",
     "Query": "events",

@@ -48,9 +48,12 @@ cdef class Inbox:
     cdef readonly uint64_t unknown
     cdef readonly uint64_t unmatched
     cdef readonly uint64_t late_answers
+    cdef readonly uint64_t missed_late
 
     cdef int delivery_v2(self, packet_t *packet) except -1
     cdef int delivery_v1(self, packet_t *packet) except -1
     cdef int deliver(self, envelope_t *fields, packet_t *packet) except -1
     cdef _Route route(self, span subject)
     cdef int put(self, Mailbox box, Message message) except -1
+    cdef int want_worker(self, Mailbox box) except -1
+    cdef int gap(self, packet_t *packet) except -1

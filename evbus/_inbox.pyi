@@ -87,6 +87,8 @@ class Inbox:
     unknown: int
     unmatched: int
     late_answers: int
+    missed_late: int
+    """Messages that the server says it had to drop, for subscriptions that had ended."""
 
     def __new__(
         cls,
@@ -113,6 +115,9 @@ class Inbox:
 
     def remove_mailbox(self, box: Mailbox) -> None:
         """The subscription is gone; does nothing if it was not there."""
+
+    def put_gap(self, box: Mailbox, count: int | None, reason: str) -> None:
+        """Messages for that mailbox are missing here: see `Mailbox.put_gap`. On the I/O thread; look at `take_ready` next."""
 
     def forget_routes(self) -> None:
         """Subscriptions changed: ask `match` again for each subject."""

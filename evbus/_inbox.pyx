@@ -11,7 +11,7 @@ belongs to the I/O thread.
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeUTF8
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp
 
 from evbus._frame cimport (
@@ -38,6 +38,7 @@ from evbus._frame cimport (
     envelope_read,
     envelope_t,
     load_u32,
+    load_u64,
     packet_scan,
     packet_t,
     read_bytes,
@@ -54,6 +55,10 @@ from evbus.errors import ProtocolError
 
 cdef enum:
     MSGPACK = 3  # wire.Codec.MSGPACK
+
+# Words for wire.GapReason.
+cdef str OVERFLOW = "overflow"
+cdef str RECONNECT = "reconnect"
 
 # Subjects whose subscriptions are remembered. Only costs time when it is too small.
 cdef Py_ssize_t MAX_ROUTES = 8192
@@ -203,6 +208,11 @@ cdef class Inbox:
         self.boxes.pop(box.sid, None)
         self.forget_routes()
 
+    def put_gap(self, Mailbox box not None, count, str reason not None):
+        """Messages for that mailbox are missing here; see the stub."""
+        box.put_gap(count, reason)
+        self.want_worker(box)
+
     def forget_routes(self):
         """Subscriptions changed: ask `match` again for each subject."""
         self.generation += 1
@@ -280,6 +290,9 @@ cdef class Inbox:
                     self.delivery_v2(&packet)
                 else:
                     self.delivery_v1(&packet)
+            elif packet.object_id == O_GAP and packet.version == 1 and self.dialect == D_EVBUS_2:
+                # In its place among the deliveries, unlike other control packets.
+                self.gap(&packet)
             elif packet.version == 1 and is_control(packet.object_id):
                 controls.append((
                     packet.object_id, packet.version, packet.system_id, packet.unix_ms,
@@ -394,6 +407,35 @@ cdef class Inbox:
         message.handlers_left -= 1
         if r == 2:
             self.overflows.append(box)
+        else:
+            # It may have left a gap, which takes a worker.
+            self.want_worker(box)
+        return 0
+
+    cdef int want_worker(self, Mailbox box) except -1:
+        if box.batches and box.workers < box.concurrency:
+            box.workers += 1
+            self.ready.append(box)
+        return 0
+
+    cdef int gap(self, packet_t *packet) except -1:
+        # The server had to drop messages for one subscription: i32 id, i64 count, u8 reason.
+        cdef int32_t sid
+        cdef int64_t count
+        cdef Mailbox box
+        if packet.body_size < 13:
+            self.malformed += 1
+            return 0
+        sid = <int32_t>load_u32(packet.body)
+        count = <int64_t>load_u64(packet.body + 4)
+        if count < 0:
+            count = 0
+        box = <Mailbox>self.boxes.get(sid)
+        if box is None:
+            # The subscription has just ended.
+            self.missed_late += <uint64_t>count
+            return 0
+        self.put_gap(box, count, RECONNECT if packet.body[12] == 2 else OVERFLOW)
         return 0
 
     cdef _Route route(self, span subject):
@@ -418,4 +460,4 @@ cdef class Inbox:
 
 cdef inline bint is_control(uint32_t object_id) noexcept:
     return (object_id == O_RESPONSE or object_id == O_HEARTBEAT or object_id == O_ERROR or object_id == O_RECEIPT
-            or object_id == O_QUERY_END or object_id == O_GAP or object_id == O_GO_AWAY)
+            or object_id == O_QUERY_END or object_id == O_GO_AWAY)

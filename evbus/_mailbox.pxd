@@ -15,12 +15,14 @@ cdef class Batch:
     cdef size_t taken
     cdef size_t size
     cdef readonly bint plain
+    cdef list gaps
 
 
 cdef class Tally:
     cdef readonly uint64_t handled
     cdef readonly uint64_t dropped
     cdef readonly uint64_t errors
+    cdef readonly uint64_t missed
 
 
 cdef class Mailbox:
@@ -46,8 +48,11 @@ cdef class Mailbox:
     cdef readonly uint64_t discarded
     cdef readonly uint64_t handled
     cdef readonly uint64_t errors
+    cdef readonly uint64_t missed
 
     cdef size_t begun(self)
     cdef int put(self, Message message) except -1
     cdef void drop(self) noexcept
+    cdef int drop_newest(self) except -1
+    cdef Batch new_tail(self)
     cdef int drop_oldest(self) except -1

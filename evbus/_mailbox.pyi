@@ -11,17 +11,19 @@ OVERFLOW_DROP_OLDEST: int
 
 @final
 class Batch:
-    """Messages of one mailbox, in order; iterating over it takes them.
+    """Messages of one mailbox, in order; iterating over it takes them. Before the first, `take_gaps` says what is missing.
 
     When the mailbox is cleared the iteration ends, wherever it stands.
     """
 
     plain: bool
-    """Whether there is no query among them."""
+    """Whether there is no query among them, and no gap before them."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Batch: ...
     def __next__(self) -> Message: ...
+    def take_gaps(self) -> list[tuple[int | None, str]]:
+        """What is missing before the first message: (count, reason) tuples in order. The second call finds none."""
 
 @final
 class Tally:
@@ -30,6 +32,7 @@ class Tally:
     handled: int
     dropped: int
     errors: int
+    missed: int
 
 @final
 class Mailbox:
@@ -56,6 +59,8 @@ class Mailbox:
     discarded: int
     handled: int
     errors: int
+    missed: int
+    """Messages that gaps have told of, dropped here or by the server."""
     wake: Callable[[], object] | None
     """Called on the I/O thread when there are messages and a worker is wanted; each call stands for one worker."""
     max_msgs: int
@@ -93,6 +98,17 @@ class Mailbox:
 
         Args:
             done: the batch that this worker got before. Its messages stop counting as pending.
+        """
+
+    def put_gap(self, count: int | None, reason: str) -> None:
+        """Messages are missing after those that wait, and before the next one that comes.
+
+        Gaps of the same reason with no message between them become one. Nothing happens to a mailbox that has ended. A
+        worker must see to it, so callers use `Inbox.put_gap`.
+
+        Args:
+            count: how many; None if nobody knows.
+            reason: "overflow" or "reconnect".
         """
 
     def count_error(self) -> None:

@@ -8,13 +8,16 @@ Python code in between.
 cimport cython
 from collections import deque
 from cpython.bytes cimport PyBytes_GET_SIZE
-from libc.stdint cimport int32_t
+from libc.stdint cimport int32_t, uint64_t
 
 from evbus._message cimport Message
 
 OVERFLOW_CLOSE = OVER_CLOSE
 OVERFLOW_DROP_NEWEST = OVER_DROP_NEWEST
 OVERFLOW_DROP_OLDEST = OVER_DROP_OLDEST
+
+# Why messages are missing (wire.GapReason): they found a queue full.
+cdef str OVERFLOW = "overflow"
 
 # A worker takes a batch at a time. The bytes that it took count as pending until it comes for more, so batches are
 # small against the limits.
@@ -25,7 +28,8 @@ cdef size_t BATCH_BYTES = 1024 * 1024
 @cython.final
 @cython.freelist(64)
 cdef class Batch:
-    """Messages of one mailbox, in order; iterating over it takes them. `plain` says that there is no query among them.
+    """Messages of one mailbox, in order; iterating over it takes them. `plain` says that there is no query among them, and
+    no gap before them.
 
     When the mailbox is cleared the iteration ends, wherever it stands.
     """
@@ -42,6 +46,25 @@ cdef class Batch:
             raise StopIteration
         self.taken += 1
         return items[self.taken - 1]
+
+    def take_gaps(self):
+        """What is missing before the first message: (count, reason) tuples in order. The second call finds none."""
+        cdef list gaps = self.gaps
+        self.gaps = None
+        return gaps if gaps is not None else []
+
+
+cdef int add_gap(Batch batch, object count, object reason) except -1:
+    # Another gap after those before the batch's first message; one of the same reason becomes one with the last.
+    cdef object before
+    batch.plain = False
+    if batch.gaps is None:
+        batch.gaps = []
+    if batch.gaps and batch.gaps[len(batch.gaps) - 1][1] == reason:
+        before = batch.gaps.pop()[0]
+        count = None if count is None or before is None else before + count
+    batch.gaps.append((count, reason))
+    return 0
 
 
 @cython.final
@@ -124,20 +147,14 @@ cdef class Mailbox:
                 self.ended = self.overflowed = True
                 return 2
             if self.overflow == OVER_DROP_NEWEST or cost > self.max_bytes:
-                self.drop()
-                return 1
+                return self.drop_newest()
             while self.msgs and (self.msgs - self.begun() >= self.max_msgs or self.size + cost > self.max_bytes):
                 if not self.drop_oldest():
                     # The rest is in the hands of workers.
-                    self.drop()
-                    return 1
+                    return self.drop_newest()
             tail = self.tail
         if tail is None or <size_t>len(tail.items) >= self.batch_msgs or tail.size >= BATCH_BYTES:
-            tail = Batch.__new__(Batch)
-            tail.items = []
-            tail.plain = True
-            self.batches.append(tail)
-            self.tail = tail
+            tail = self.new_tail()
         tail.items.append(message)
         tail.size += cost
         if message.query_id is not None:
@@ -147,31 +164,67 @@ cdef class Mailbox:
         self.received += 1
         return 0
 
+    cdef Batch new_tail(self):
+        cdef Batch tail = Batch.__new__(Batch)
+        tail.items = []
+        tail.plain = True
+        self.batches.append(tail)
+        self.tail = tail
+        return tail
+
     cdef void drop(self) noexcept:
         self.dropped += 1
         self.tally.dropped += 1
 
+    cdef int drop_newest(self) except -1:
+        # The message at hand is dropped; whoever comes to that place is told.
+        self.drop()
+        self.put_gap(1, OVERFLOW)
+        return 1
+
+    def put_gap(self, count, str reason not None):
+        """Messages are missing after those that wait; see the stub. A worker must see to it: `Inbox.put_gap`."""
+        cdef Batch tail = self.tail
+        if self.ended:
+            return
+        if tail is None or tail.items:
+            tail = self.new_tail()
+        add_gap(tail, count, reason)
+        if count is not None:
+            self.missed += <uint64_t>count
+            self.tally.missed += <uint64_t>count
+
     cdef int drop_oldest(self) except -1:
         # Drops the oldest message that no worker has taken; 0 if there is none.
-        cdef Batch batch
+        cdef Batch batch, following
         cdef Message message
         cdef size_t cost
         if not self.batches:
             return 0
         batch = <Batch>self.batches[0]
+        while not batch.items:
+            # Gaps only: what is dropped next is missing in the same place.
+            if batch is self.tail:
+                return 0
+            self.batches.popleft()
+            following = <Batch>self.batches[0]
+            for count, reason in following.take_gaps():
+                add_gap(batch, count, reason)
+            following.gaps = batch.gaps
+            following.plain = False
+            batch = following
         message = <Message>batch.items[0]
         del batch.items[0]
         cost = <size_t>PyBytes_GET_SIZE(message.data)
         if message.raw_headers is not None:
             cost += <size_t>PyBytes_GET_SIZE(message.raw_headers)
         batch.size -= cost
-        if not batch.items:
-            self.batches.popleft()
-            if batch is self.tail:
-                self.tail = None
         self.size -= cost
         self.msgs -= 1
         self.drop()
+        add_gap(batch, 1, OVERFLOW)
+        self.missed += 1
+        self.tally.missed += 1
         return 1
 
     def take(self, Batch done=None):
@@ -217,6 +270,7 @@ cdef class Mailbox:
         self.ended = True
         for batch in self.current:
             batch.items = []
+            batch.gaps = None
         self.current.clear()
         self.batches.clear()
         self.tail = None

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
@@ -27,6 +26,7 @@ from evbus.correlation import Notify
 from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, Server, check_servers
 from evbus.errors import ClientClosedError, CodecError, EvbusError
 from evbus.events import Query, address_of, response_of, subscribed
+from evbus.gaps import OnGap
 from evbus.message import ClientStats, ConnectStatus, Receipt
 from evbus.options import ClientLimits, Reconnect, SessionOptions, check_reconnect, check_timeout
 from evbus.payload import OMITTED, codec_from_name, encode, make_decoder
@@ -277,6 +277,7 @@ class AsyncEventClient:
         max_pending_msgs: int | None = None,
         max_pending_bytes: int | None = None,
         overflow: str = "close",
+        on_gap: OnGap | None = None,
     ) -> AsyncSubscription:
         """Subscribe to a subject, or a pattern: `*` stands for one token, a final `>` for one or more.
 
@@ -293,6 +294,9 @@ class AsyncEventClient:
             max_pending_msgs, max_pending_bytes: what may wait for the handler; by default as `limits` say.
             overflow: what becomes of a message that finds no room: "close" ends the subscription with SlowConsumerError
                 (given to `on_error`); "drop_newest" and "drop_oldest" drop a message and count it.
+            on_gap: `on_gap(gap)` is told what the subscription missed (see `Gap`), where the handler runs, in order
+                with the messages; without a handler, by the iteration before it gives the next message. Without it,
+                `on_error` gets a SlowConsumerError for messages that were dropped.
 
         Raises:
             InvalidSubjectError, ConfigError, TypeError: the subject, an option or the handler makes no sense.
@@ -300,7 +304,7 @@ class AsyncEventClient:
             ConnectionLostError: the connection was lost meanwhile; there is no subscription.
             ClientClosedError: the client is closed.
         """
-        wishes = Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow)
+        wishes = Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow, on_gap=on_gap)
         return await self._subscribe(subject, handler, wishes)
 
     def on(
@@ -313,6 +317,7 @@ class AsyncEventClient:
         max_pending_msgs: int | None = None,
         max_pending_bytes: int | None = None,
         overflow: str = "close",
+        on_gap: OnGap | None = None,
     ) -> Callable[[F], F]:
         """`subscribe` as a decorator, not awaited; the function stays as it is. `unsubscribe(subject, function)` ends
         it.
@@ -320,7 +325,7 @@ class AsyncEventClient:
         On a connected client the subscription is active after the next `flush`, which raises what the server has
         against it. Otherwise it becomes active with `connect`.
         """
-        wishes = Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow)
+        wishes = Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow, on_gap=on_gap)
         return self._decorator(subject, wishes)
 
     def on_query(

@@ -16,6 +16,7 @@ from evbus._message import Message
 from evbus.aio_loop import AsyncWaiting
 from evbus.correlation import AnsweredError
 from evbus.errors import NotConnectedError
+from evbus.gaps import GapTeller
 from evbus.handlers import HandlerRunner
 from evbus.payload import Decoder
 from evbus.session import Session
@@ -44,11 +45,12 @@ class AsyncHandlerRunner(HandlerRunner):
         subject: str,
         handler: Handler,
         decoder: Decoder[Any] | None,
+        gaps: GapTeller,
         waiting: AsyncWaiting,
         *,
         responder: bool = False,
     ) -> None:
-        super().__init__(session, mailbox, subject, handler, decoder, responder=responder)
+        super().__init__(session, mailbox, subject, handler, decoder, gaps, responder=responder)
         self._waiting = waiting
         self._coroutine = is_coroutine_function(handler)
 
@@ -62,6 +64,7 @@ class AsyncHandlerRunner(HandlerRunner):
             if batch.plain:
                 await self._work_events(batch)
             else:
+                await self._gaps.tell_async(batch)
                 for message in batch:
                     if message.is_query:
                         await self._work_query(message)

@@ -21,8 +21,8 @@ from functools import partial
 from typing import Any
 
 from evbus._inbox import Waiter
-from evbus.correlation import Notify, Sending
 from evbus.connector import Dialled
+from evbus.correlation import Notify, Sending
 from evbus.dial import Server, UnixAddress, no_connection, unix_socket, unknown_host
 from evbus.errors import BufferFullError
 from evbus.reactor import EVENT_READ, EVENT_WRITE, Cancellable, HasFileno

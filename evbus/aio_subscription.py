@@ -11,6 +11,7 @@ from evbus._mailbox import Batch
 from evbus._message import Message
 from evbus.aio_handlers import AsyncHandlerRunner
 from evbus.aio_loop import AsyncWaiting, Tasks, wake_future
+from evbus.gaps import GapTeller
 from evbus.plan import Interest
 from evbus.session import Session
 from evbus.signatures import Handler
@@ -30,9 +31,13 @@ class AsyncSubscription(SubscriptionFacts):
     """
 
     def __init__(
-        self, interest: Interest, handler: Handler | None, unsubscribe: Callable[[AsyncSubscription], Awaitable[None]]
+        self,
+        interest: Interest,
+        handler: Handler | None,
+        gaps: GapTeller,
+        unsubscribe: Callable[[AsyncSubscription], Awaitable[None]],
     ) -> None:
-        super().__init__(interest, handler)
+        super().__init__(interest, handler, gaps)
         self._unsubscribe = unsubscribe
         # What happens to an iterator: True, there are messages and it is our turn to take them; an exception; None, the
         # end.
@@ -66,12 +71,13 @@ class AsyncSubscription(SubscriptionFacts):
         """
         interest, decoder = prepare(session, subject, handler, wishes, coroutines=True)
         mailbox = interest.mailbox
+        gaps = GapTeller(session.reports, mailbox, subject, wishes.on_gap)
         if handler is not None:
             runner = AsyncHandlerRunner(
-                session, mailbox, subject, handler, decoder, waiting, responder=wishes.responder
+                session, mailbox, subject, handler, decoder, gaps, waiting, responder=wishes.responder
             )
             mailbox.wake = lambda: tasks.spawn(runner.work())
-        return cls(interest, handler, unsubscribe)
+        return cls(interest, handler, gaps, unsubscribe)
 
     async def unsubscribe(self) -> None:
         """End it. Returns when the server has confirmed; no handler call begins after that, and what was waiting is
@@ -104,10 +110,14 @@ class AsyncSubscription(SubscriptionFacts):
                 self._batch = self._mailbox.take(self._batch)
                 self._may_take = False
                 if self._batch is not None:
+                    if not self._batch.plain:
+                        await self._gaps.tell_async(self._batch)
                     await asyncio.sleep(0)  # a good many were taken without a pause
             elif self._may_take:
                 self._batch = self._mailbox.take()
                 self._may_take = False
+                if self._batch is not None and not self._batch.plain:
+                    await self._gaps.tell_async(self._batch)
             elif self._news:
                 self._read(self._news[0])
             elif deadline is not None and loop.time() >= deadline:

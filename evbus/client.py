@@ -25,6 +25,7 @@ from evbus.correlation import Notify
 from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, Server, check_servers, dial
 from evbus.errors import ClientClosedError, CodecError, EvbusError
 from evbus.events import Answering, Handling, Query, address_of, response_of, subscribed
+from evbus.gaps import OnGap
 from evbus.io_thread import IoThread
 from evbus.message import ClientOptions, ClientStats, ConnectStatus, Receipt
 from evbus.options import ClientLimits, Reconnect, SessionOptions, check_reconnect, check_timeout
@@ -268,6 +269,7 @@ class EventClient:
         max_pending_msgs: int | None = None,
         max_pending_bytes: int | None = None,
         overflow: str = "close",
+        on_gap: OnGap | None = None,
     ) -> Subscription: ...
     @overload
     def subscribe(
@@ -280,6 +282,7 @@ class EventClient:
         max_pending_msgs: int | None = None,
         max_pending_bytes: int | None = None,
         overflow: str = "close",
+        on_gap: OnGap | None = None,
     ) -> Subscription: ...
     @overload
     def subscribe(
@@ -292,6 +295,7 @@ class EventClient:
         max_pending_msgs: int | None = None,
         max_pending_bytes: int | None = None,
         overflow: str = "close",
+        on_gap: OnGap | None = None,
     ) -> Subscription: ...
     @overload
     def subscribe(
@@ -305,6 +309,7 @@ class EventClient:
         max_pending_msgs: int | None = None,
         max_pending_bytes: int | None = None,
         overflow: str = "close",
+        on_gap: OnGap | None = None,
     ) -> Subscription: ...
     def subscribe(
         self,
@@ -317,6 +322,7 @@ class EventClient:
         max_pending_msgs: int | None = None,
         max_pending_bytes: int | None = None,
         overflow: str = "close",
+        on_gap: OnGap | None = None,
     ) -> Subscription:
         """Subscribe to a subject, or a pattern: `*` stands for one token, a final `>` for one or more.
 
@@ -335,6 +341,9 @@ class EventClient:
             max_pending_msgs, max_pending_bytes: what may wait for the handler; by default as `limits` say.
             overflow: what becomes of a message that finds no room: "close" ends the subscription with SlowConsumerError
                 (given to `on_error`); "drop_newest" and "drop_oldest" drop a message and count it.
+            on_gap: `on_gap(gap)` is told what the subscription missed (see `Gap`), where the handler runs, in order
+                with the messages; without a handler, by the iteration before it gives the next message. Without it,
+                `on_error` gets a SlowConsumerError for messages that were dropped.
 
         Raises:
             InvalidSubjectError, ConfigError, TypeError: the subject, an option or the handler makes no sense.
@@ -342,7 +351,7 @@ class EventClient:
             ConnectionLostError: the connection was lost meanwhile; there is no subscription.
             ClientClosedError: the client is closed.
         """
-        wishes = Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow)
+        wishes = Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow, on_gap=on_gap)
         return self._subscribe(subject, handler, wishes)
 
     @overload
@@ -356,6 +365,7 @@ class EventClient:
         max_pending_msgs: int | None = None,
         max_pending_bytes: int | None = None,
         overflow: str = "close",
+        on_gap: OnGap | None = None,
     ) -> Callable[[F], F]: ...
     @overload
     def on(
@@ -367,6 +377,7 @@ class EventClient:
         max_pending_msgs: int | None = None,
         max_pending_bytes: int | None = None,
         overflow: str = "close",
+        on_gap: OnGap | None = None,
     ) -> Handling[E]: ...
     @overload
     def on(
@@ -379,6 +390,7 @@ class EventClient:
         max_pending_msgs: int | None = None,
         max_pending_bytes: int | None = None,
         overflow: str = "close",
+        on_gap: OnGap | None = None,
     ) -> Callable[[F], F]: ...
     def on(
         self,
@@ -390,9 +402,10 @@ class EventClient:
         max_pending_msgs: int | None = None,
         max_pending_bytes: int | None = None,
         overflow: str = "close",
+        on_gap: OnGap | None = None,
     ) -> Any:
         """`subscribe` as a decorator; the function stays as it is. `unsubscribe(subject, function)` ends it."""
-        wishes = Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow)
+        wishes = Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow, on_gap=on_gap)
 
         def decorate(handler: F) -> F:
             self._subscribe(subject, handler, wishes)

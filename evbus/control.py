@@ -36,7 +36,6 @@ class Control:
     Attributes:
         parting_words: why the server says that it will end the connection; empty if it has not.
         retry_after_s: how long it wants us to wait then before we come back.
-        missed: messages that the server had to drop for this client.
         late_answers: answers of ours that came when nobody waited for them any more, and failures that came to us so.
         malformed: packets that could not be read.
     """
@@ -44,7 +43,6 @@ class Control:
     def __init__(self, correlation: Correlation, registrar: Registrar, reports: Reports) -> None:
         self.parting_words = ""
         self.retry_after_s = 0.0
-        self.missed = 0
         self.late_answers = 0
         self.malformed = 0
         self._correlation = correlation
@@ -57,7 +55,6 @@ class Control:
             int(ObjectId.RECEIPT): ("bii", self._on_receipt),
             int(ObjectId.QUERY_END): ("bBi", self._on_query_end),
             int(ObjectId.HEARTBEAT): ("i", self._on_heartbeat),
-            int(ObjectId.GAP): ("iqB", self._on_gap),
             int(ObjectId.GO_AWAY): ("iis", self._on_go_away),
         }
 
@@ -129,11 +126,6 @@ class Control:
         waiter = self._correlation.beat_heard(beat) if beat else None
         if waiter is not None:
             waiter.resolve(None)
-
-    def _on_gap(self, _system_id: int, _sid: int, count: int, _reason: int) -> None:
-        count = max(count, 0)
-        self.missed += count
-        _log.warning("the server had to drop %d messages for this client", count)
 
     def _on_go_away(self, _system_id: int, reason: int, retry_after_ms: int, text: str) -> None:
         self.retry_after_s = min(max(retry_after_ms, 0) / 1000, _MAX_RETRY_AFTER_S)

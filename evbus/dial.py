@@ -75,8 +75,8 @@ def check_servers(host: object, port: object, servers: object) -> tuple[Server, 
 
 
 def parse_url(url: object) -> tuple[Server, ...]:
-    """The addresses in a URL: `evbus://127.0.0.1:9100`, several servers as `evbus://one:9100,two:9100`, or the path of a
-    Unix domain socket as `unix:///run/evbus.sock`. The scheme `evbus` and the port may be left out.
+    """The addresses in a URL: `evbus://127.0.0.1:9100`, several servers as `evbus://one:9100,two:9100`, or the path of
+    a Unix domain socket as `unix:///run/evbus.sock`. The scheme `evbus` and the port may be left out.
 
     Raises:
         ConfigError: it is no URL of a kind that is known here.

@@ -499,19 +499,21 @@ class BufferFullError(LimitError, BlockingIOError):
 
 
 class SlowConsumerError(LimitError, RuntimeError):
-    """A subscription fell too far behind its publishers and was ended.
+    """A subscription fell too far behind its publishers: it was ended, or missed messages.
 
     Attributes:
         subject: the subscription's subject or pattern.
         size: what was waiting when it was ended.
         limit: how much may wait.
         unit: of both: "messages" or "bytes".
+        missed: how many messages it missed, if it goes on; 0 if it was ended.
     """
 
-    def __init__(self, subject: str, size: int = -1, limit: int = -1, unit: str = "bytes") -> None:
+    def __init__(self, subject: str, size: int = -1, limit: int = -1, unit: str = "bytes", *, missed: int = 0) -> None:
         super().__init__(size, limit)
         self.subject = subject
         self.unit = unit
+        self.missed = missed
 
     @property
     def pending(self) -> int:
@@ -519,6 +521,11 @@ class SlowConsumerError(LimitError, RuntimeError):
         return self.size
 
     def __str__(self) -> str:
+        if self.missed:
+            return (
+                f"the subscription{_on(self.subject)} fell too far behind and missed {self.missed:,} messages; "
+                "make its handler faster, share the work in a group, or give `on_gap` to be told"
+            )
         return (
             f"the subscription{_on(self.subject)} fell too far behind{self._figures(' ' + self.unit)} and was ended; "
             "make its handler faster, share the work in a group, or choose another `overflow`"

@@ -11,6 +11,7 @@ from evbus._message import Message, claim_answer, handler_done
 from evbus.answers import current_query
 from evbus.correlation import AnsweredError
 from evbus.errors import CodecError, NotConnectedError
+from evbus.gaps import GapTeller
 from evbus.payload import Decoder
 from evbus.session import Session
 from evbus.signatures import Handler
@@ -30,6 +31,7 @@ class HandlerRunner:
         subject: the subscription's, for the log.
         handler: the user's function.
         decoder: makes its argument; None if it takes the Message.
+        gaps: tells of messages that are missing.
         responder: its return value is always the answer to a query, None included.
     """
 
@@ -40,10 +42,12 @@ class HandlerRunner:
         subject: str,
         handler: Handler,
         decoder: Decoder[Any] | None,
+        gaps: GapTeller,
         *,
         responder: bool = False,
     ) -> None:
         self.handler = handler
+        self._gaps = gaps
         self._session = session
         self._mailbox = mailbox
         self._subject = subject
@@ -58,6 +62,7 @@ class HandlerRunner:
             if batch.plain:
                 self._events(batch)
             else:
+                self._gaps.tell(batch)
                 for message in batch:
                     if message.is_query:
                         self._query(message)

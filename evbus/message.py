@@ -10,7 +10,7 @@ from typing import TypedDict
 from evbus._message import Message
 from evbus.options import ClientLimits, Reconnect
 
-__all__ = ["ClientOptions", "ClientStats", "ConnectStatus", "Message", "Receipt"]
+__all__ = ["ClientOptions", "ClientStats", "ConnectStatus", "Gap", "Message", "Receipt"]
 
 
 class ConnectStatus(Enum):
@@ -46,6 +46,19 @@ class Receipt:
 
 
 @dataclass(frozen=True)
+class Gap:
+    """Messages that a subscription missed, told in their place: before the next message that it gets."""
+
+    subject: str
+    """The subscription's subject or pattern."""
+    count: int | None
+    """How many messages; None: nobody knows, and there may be none."""
+    reason: str
+    """"overflow": they found a queue full, the server's for this client or the subscription's own; "reconnect": the
+    connection was lost and made again."""
+
+
+@dataclass(frozen=True)
 class ClientStats:
     """Counters of one client since it was made, and what waits now."""
 
@@ -62,7 +75,8 @@ class ClientStats:
     server_errors: int
     """Errors that the server sent without being asked, such as those for publishes without confirmation."""
     missed: int
-    """Messages that the server says it had to drop for this client."""
+    """Messages that gaps told of: those that the server had to drop for this client, and those that found the queue of
+    their subscription full and were dropped by its `overflow`."""
     late_answers: int
     """Answers, given or got, that came after their query had ended."""
     malformed: int

@@ -181,6 +181,18 @@ class Registrar:
             interest.on_lost(error)
         self._report(error)
 
+    def tell_gap(self, count: int | None, reason: str) -> None:
+        """Every interest may have missed messages; each is told before the next message that comes. On the core's
+        thread; look at `inbox.take_ready` next.
+
+        Args:
+            count: how many; None if nobody knows.
+            reason: "overflow" or "reconnect".
+        """
+        with self._lock:
+            for interest in self.plan:
+                self._inbox.put_gap(interest.mailbox, count, reason)
+
     def connection_lost(self) -> None:
         """What was asked is not answered any more."""
         self._asked.clear()
@@ -190,9 +202,6 @@ class Registrar:
         for interest in self.plan:
             if interest.on_lost is not None:
                 interest.on_lost(error)
-
-    def tell_gap(self, count: int | None, reason: str) -> None:
-        """X"""
 
     def _end(self, interest: Interest, error: Exception) -> None:
         with self._lock:

@@ -75,7 +75,7 @@ class Reports:
         error, self._unreported = self._unreported, None
         return error
 
-    def handler_error(self, error: BaseException, message: Message, subject: str) -> None:
+    def handler_error(self, error: BaseException, message: Message | None, subject: str) -> None:
         """A handler raised, or its message did not fit. Called where user code may run."""
         if isinstance(error, CodecError):
             _log.error("a message for the handler of %s does not fit: %s", one_line(subject), one_line(error))

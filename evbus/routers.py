@@ -9,6 +9,7 @@ from typing import Any, TypeVar, overload
 from evbus._frame import check_subject
 from evbus.errors import ConfigError
 from evbus.events import Answering, Handling, Query, subject_of
+from evbus.gaps import OnGap
 from evbus.signatures import Handler
 from evbus.subscription import Wishes
 
@@ -70,6 +71,7 @@ class EventRouter:
         max_pending_msgs: int | None = None,
         max_pending_bytes: int | None = None,
         overflow: str = "close",
+        on_gap: OnGap | None = None,
     ) -> Callable[[F], F]: ...
     @overload
     def on(
@@ -81,6 +83,7 @@ class EventRouter:
         max_pending_msgs: int | None = None,
         max_pending_bytes: int | None = None,
         overflow: str = "close",
+        on_gap: OnGap | None = None,
     ) -> Handling[E]: ...
     @overload
     def on(
@@ -93,6 +96,7 @@ class EventRouter:
         max_pending_msgs: int | None = None,
         max_pending_bytes: int | None = None,
         overflow: str = "close",
+        on_gap: OnGap | None = None,
     ) -> Callable[[F], F]: ...
     def on(
         self,
@@ -104,6 +108,7 @@ class EventRouter:
         max_pending_msgs: int | None = None,
         max_pending_bytes: int | None = None,
         overflow: str = "close",
+        on_gap: OnGap | None = None,
     ) -> Any:
         """A decorator, as `EventClient.on`.
 
@@ -111,7 +116,9 @@ class EventRouter:
             InvalidSubjectError, TypeError: the subject makes no sense. What else `EventClient.on` checks is checked by
                 `include` of a client.
         """
-        return self._declare(subject, Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow))
+        return self._declare(
+            subject, Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow, on_gap=on_gap)
+        )
 
     @overload
     def on_query(

@@ -525,7 +525,7 @@ class Session:
             handler_errors=tally.errors,
             dropped=tally.dropped,
             server_errors=self.reports.server_errors,
-            missed=self.control.missed,
+            missed=tally.missed + inbox.missed_late,
             late_answers=self.control.late_answers + inbox.late_answers,
             malformed=self.control.malformed + inbox.malformed,
             connects=self._connects,

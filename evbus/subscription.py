@@ -13,6 +13,7 @@ from typing import Any
 from evbus._mailbox import OVERFLOW_CLOSE, OVERFLOW_DROP_NEWEST, OVERFLOW_DROP_OLDEST, Batch, Mailbox
 from evbus._message import Message
 from evbus.errors import ConfigError
+from evbus.gaps import GapTeller, OnGap
 from evbus.handlers import HandlerRunner
 from evbus.payload import Decoder
 from evbus.plan import Interest
@@ -37,6 +38,7 @@ class Wishes:
     max_pending_bytes: int | None = None
     overflow: str = "close"
     responder: bool = False
+    on_gap: OnGap | None = None
 
 
 def _positive(option: str, value: int | None, default: int) -> int:
@@ -61,6 +63,8 @@ def prepare(
     limits = session.options.limits
     if wishes.overflow not in _OVERFLOWS:
         raise ConfigError("overflow", f"must be one of {', '.join(_OVERFLOWS)}, not {wishes.overflow!r}")
+    if wishes.on_gap is not None and not callable(wishes.on_gap):
+        raise ConfigError("on_gap", f"must be a function of one argument, not {wishes.on_gap!r}")
     if handler is None and wishes.type is not None:
         raise ConfigError("type", "needs a handler; messages that are iterated over are decoded by Message.decode")
     codec = session.options.codec
@@ -82,8 +86,9 @@ def prepare(
 class SubscriptionFacts:
     """What the subscriptions of both clients tell of themselves."""
 
-    def __init__(self, interest: Interest, handler: Handler | None) -> None:
+    def __init__(self, interest: Interest, handler: Handler | None, gaps: GapTeller) -> None:
         self.interest = interest
+        self._gaps = gaps
         self._mailbox = interest.mailbox
         self._handler = handler
 
@@ -127,6 +132,11 @@ class SubscriptionFacts:
         return self._mailbox.dropped
 
     @property
+    def missed(self) -> int:
+        """Messages that gaps told of: dropped by `overflow` here, or by the server. Gaps of unknown size count none."""
+        return self._mailbox.missed
+
+    @property
     def discarded(self) -> int:
         """Messages that were waiting when the subscription was unsubscribed."""
         return self._mailbox.discarded
@@ -164,11 +174,15 @@ class Subscription(SubscriptionFacts):
     """
 
     def __init__(
-        self, interest: Interest, handler: Handler | None, unsubscribe: Callable[[Subscription], object]
+        self,
+        interest: Interest,
+        handler: Handler | None,
+        gaps: GapTeller,
+        unsubscribe: Callable[[Subscription], object],
     ) -> None:
-        super().__init__(interest, handler)
+        super().__init__(interest, handler, gaps)
         self._unsubscribe = unsubscribe
-        self._taking = threading.Lock()
+        self._taking = threading.RLock()  # held while `on_gap` runs, which may ask for the next message itself
         # What happens to an iterator: True, there are messages and it is our turn to take them; an exception; None, the
         # end.
         self._news: queue.SimpleQueue[bool | Exception | None] = queue.SimpleQueue()
@@ -199,10 +213,11 @@ class Subscription(SubscriptionFacts):
         """
         interest, decoder = prepare(session, subject, handler, wishes)
         mailbox = interest.mailbox
+        gaps = GapTeller(session.reports, mailbox, subject, wishes.on_gap)
         if handler is not None:
-            runner = HandlerRunner(session, mailbox, subject, handler, decoder, responder=wishes.responder)
+            runner = HandlerRunner(session, mailbox, subject, handler, decoder, gaps, responder=wishes.responder)
             mailbox.wake = lambda: submit(runner.run)
-        return cls(interest, handler, unsubscribe)
+        return cls(interest, handler, gaps, unsubscribe)
 
     # ---- use ---------------------------------------------------------------------------------------------------------
 
@@ -238,6 +253,8 @@ class Subscription(SubscriptionFacts):
                 if self._may_take:
                     self._batch = self._mailbox.take(self._batch)
                     self._may_take = self._batch is not None
+                    if self._batch is not None and not self._batch.plain:
+                        self._gaps.tell(self._batch)
                 else:
                     self._wait(deadline, timeout)
         finally:

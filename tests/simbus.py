@@ -25,6 +25,7 @@ from evbus._outbox import Clock
 from evbus.acceptor import Acceptor
 from evbus.client_core import ClientCore
 from evbus.errors import EvbusError
+from evbus.gaps import GapTeller
 from evbus.handlers import HandlerRunner
 from evbus.limits import Limits
 from evbus.message import Message
@@ -141,7 +142,8 @@ class User:
                 life.got.setdefault(index, []).append(message.data)
             return None
 
-        runner = HandlerRunner(self.session, box, pattern, handler, None, responder=role is Role.RESPONDER)
+        gaps = GapTeller(self.session.reports, box, pattern, None)
+        runner = HandlerRunner(self.session, box, pattern, handler, None, gaps, responder=role is Role.RESPONDER)
         box.wake = lambda: self.world.net.reactor().call_soon(runner.run)
         self.interests.append(interest)
         assert self.session.subscribe(interest) is None

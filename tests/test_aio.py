@@ -33,6 +33,7 @@ from evbus import (
     ConnectStatus,
     EventClient,
     EventServer,
+    Gap,
     InvalidSubjectError,
     Message,
     NoRespondersError,
@@ -642,9 +643,7 @@ def test_a_lost_connection(kind: str) -> None:
     async def scenario() -> None:
         server = EventServer(port=0).start()
         port = server.port
-        client = AsyncEventClient(
-            "127.0.0.1", port, reconnect=False, on_error=lambda error, _: errors.append(error)
-        )
+        client = AsyncEventClient("127.0.0.1", port, reconnect=False, on_error=lambda error, _: errors.append(error))
         await client.connect()
         silent = await client.subscribe("silent", lambda _: None)
         iterated = await client.subscribe("iterated")
@@ -921,3 +920,47 @@ def test_classes_that_name_their_subject_and_routers(server: EventServer) -> Non
 
     asyncio.run(main())
     assert seen == [Order(7), "holiday"]
+
+
+@on_loops
+async def test_handlers_and_iteration_are_told_of_gaps(port: int) -> None:
+    seen: list[object] = []
+
+    async def on_gap(gap: Gap) -> None:
+        await asyncio.sleep(0)
+        seen.append(("gap", gap.count))
+
+    async with client_of(port) as bus:
+        subscription = await bus.subscribe("flood", max_pending_msgs=2, overflow="drop_newest", on_gap=on_gap)
+        handled: list[object] = []
+        await bus.subscribe("flood", handled.append, type=int, max_pending_msgs=10, on_gap=handled.append)
+        for n in range(6):
+            await bus.publish("flood", n)
+        await bus.flush()
+        seen += [(await subscription.next(5)).decode() for _ in range(2)]
+        await bus.publish("flood", 9)
+        seen.append((await subscription.next(5)).decode())
+        assert seen == [0, 1, ("gap", 4), 9]
+        assert (subscription.missed, bus.stats().missed) == (4, 4)
+        await until(lambda: len(handled) == 7)
+
+
+@on_loops
+async def test_a_plain_handler_is_told_of_gaps_in_order(port: int) -> None:
+    seen: list[object] = []
+    go = asyncio.Event()
+
+    async def handler(number: int) -> None:
+        seen.append(number)
+        await go.wait()
+
+    async with client_of(port) as bus:
+        await bus.subscribe("flood", handler, max_pending_msgs=3, overflow="drop_oldest", on_gap=seen.append)
+        await bus.publish("flood", 0)
+        await until(lambda: seen)
+        for n in range(1, 10):
+            await bus.publish("flood", n)
+        await bus.flush()
+        go.set()
+        await until(lambda: len(seen) == 5)
+        assert seen == [0, Gap("flood", 6, "overflow"), 7, 8, 9]

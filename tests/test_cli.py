@@ -471,7 +471,7 @@ def test_sub_timeout(run: Run) -> None:
 @pytest.mark.parametrize(("wanted", "code"), [(None, 0), (1, 0), (2, 4)])
 def test_sub_timeout_after_a_message(capfdbinary: pytest.CaptureFixture[bytes], wanted: int | None, code: int) -> None:
     with Ending[Any]() as ending:
-        tally = sub_command._Tally(Printer(as_json=False), wanted, ending)
+        tally = sub_command._Tally(Printer(as_json=False), wanted, ending, reconnects=True)
         tally.on_message(Message("news", b"one"))
         tally.wait(0.001)
         tally.on_message(Message("news", b"too late"))
@@ -516,8 +516,9 @@ def test_the_exit_code_of_a_broken_pipe() -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-def test_sub_ends_when_the_server_does(tmp_path: Path) -> None:
-    with EventServer(port=0) as own, Program([*EVBUS, "sub", "x", "-s", own.address], cwd=tmp_path) as program:
+def test_sub_ends_when_the_server_does_if_it_is_told_to(tmp_path: Path) -> None:
+    command = [*EVBUS, "sub", "x", "--no-reconnect", "-s"]
+    with EventServer(port=0) as own, Program([*command, own.address], cwd=tmp_path) as program:
         program.wait_for("subscribed")
         own.stop()
         result = program.finish()
@@ -525,6 +526,35 @@ def test_sub_ends_when_the_server_does(tmp_path: Path) -> None:
     last = result.err.splitlines()[-1]
     assert last.startswith("evbus: lost the connection")
     assert result.err.count("\n") == 2
+
+
+def test_sub_outlives_its_server(tmp_path: Path) -> None:
+    server = EventServer(port=0).start()
+    address = server.address
+    with Program([*EVBUS, "sub", "x", "--count", "1", "-s", address], cwd=tmp_path) as program:
+        program.wait_for("subscribed")
+        server.stop(0)
+        program.wait_for("reconnecting")
+        host, _, port = address.rpartition(":")
+        with EventServer(host, int(port)):
+            program.wait_for("connected again; what was published to x meanwhile is missing")
+            with evbus.connect(address) as client:
+                client.publish("x", "after")
+            result = program.finish()
+    assert (result.code, result.out) == (0, "after\n")
+
+
+def test_sub_waits_for_its_server(tmp_path: Path) -> None:
+    with EventServer(port=0) as server:
+        address, port = server.address, server.port
+    command = [*EVBUS, "sub", "x", "--wait", "30", "--count", "1", "-s", address]
+    with Program(command, cwd=tmp_path) as program, EventServer(port=port):
+        program.wait_for("subscribed")
+        with evbus.connect(address) as client:
+            client.publish("x", "there")
+        assert program.finish().out == "there\n"
+    with Program([*EVBUS, "sub", "x", "--wait", "0.1", "-s", address], cwd=tmp_path) as program:
+        assert program.finish().code == 1
 
 
 def test_control_characters_on_a_terminal_are_shown(client: evbus.EventClient, server: EventServer) -> None:

@@ -148,7 +148,7 @@ def test_another_signal_ends_it_at_once(start: Callable[..., Program], server: E
 
 
 def test_a_server_that_goes_away(start: Callable[..., Program], server: EventServer) -> None:
-    program = start("worker:router")
+    program = start("worker:router", "--no-reconnect")
     program.wait_for(READY)
     server.stop(0)
     code, _, err = program.finish()

@@ -33,6 +33,7 @@ from evbus import (
     ConnectStatus,
     EventClient,
     EventServer,
+    Gap,
     InvalidSubjectError,
     Limits,
     Message,
@@ -56,6 +57,13 @@ WAIT = 10.0
 class Mail:
     subject: str
     size: int
+
+
+def wait_for(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WAIT
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 class Search(msgspec.Struct):
@@ -590,6 +598,92 @@ class TestEvents:
         assert [subscription.next(1).decode() for _ in range(10)] == list(kept)
         assert (subscription.dropped, client.stats().dropped) == (40, 40)
         assert subscription.is_active
+
+    @pytest.mark.parametrize(
+        ("overflow", "found"),
+        [("drop_newest", [0, 1, 2, ("gap", 7), 10]), ("drop_oldest", [("gap", 7), 7, 8, 9, 10])],
+    )
+    def test_iteration_tells_of_what_was_dropped(
+        self, clients: Callable[..., EventClient], overflow: str, found: list[object]
+    ) -> None:
+        client = clients()
+        seen: list[object] = []
+        subscription = client.subscribe(
+            "flood", max_pending_msgs=3, overflow=overflow, on_gap=lambda gap: seen.append(("gap", gap.count))
+        )
+        for n in range(10):
+            client.publish("flood", n)
+        client.flush()
+        for _ in range(3):
+            seen.append(subscription.next(5).decode())  # noqa: PERF401 - on_gap appends too
+        client.publish("flood", 10)
+        client.flush()
+        seen.append(subscription.next(5).decode())
+        assert seen == found
+        assert (subscription.missed, client.stats().missed) == (7, 7)
+
+    def test_a_handler_is_told_of_gaps_in_order(self, clients: Callable[..., EventClient]) -> None:
+        client = clients()
+        seen: list[object] = []
+        entered, go, done = threading.Event(), threading.Event(), threading.Event()
+
+        def handler(number: int) -> None:
+            seen.append(number)
+            entered.set()
+            assert go.wait(10)
+            if number == 99:
+                done.set()
+
+        client.subscribe("flood", handler, max_pending_msgs=3, overflow="drop_newest", on_gap=seen.append)
+        client.publish("flood", 0)
+        assert entered.wait(10)
+        for n in range(1, 10):
+            client.publish("flood", n)
+        client.flush()
+        go.set()
+        wait_for(lambda: client.stats().pending_msgs == 0)
+        client.publish("flood", 99)
+        assert done.wait(10)
+        assert seen == [0, 1, 2, 3, Gap("flood", 6, "overflow"), 99]
+
+    def test_without_on_gap_on_error_is_told(
+        self, clients: Callable[..., EventClient], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        errors: list[BaseException] = []
+        client = clients(on_error=lambda error, message: errors.append(error))
+        subscription = client.subscribe("flood", max_pending_msgs=1, overflow="drop_newest")
+        for n in range(5):
+            client.publish("flood", n)
+        client.flush()
+        assert subscription.next(5).decode() == 0
+        client.publish("flood", 9)
+        assert subscription.next(5).decode() == 9
+        wait_for(lambda: errors)
+        assert isinstance(errors[0], SlowConsumerError)
+        assert (errors[0].missed, errors[0].subject) == (4, "flood")
+        assert "missed 4 messages" in str(errors[0])
+        assert sum("missed 4 messages" in record.getMessage() for record in caplog.records) == 1
+
+    def test_what_on_gap_raises_is_a_handlers_error(self, clients: Callable[..., EventClient]) -> None:
+        errors: list[object] = []
+        client = clients(on_error=lambda error, message: errors.append((error, message)))
+        failure = ValueError("no")
+
+        def on_gap(gap: Gap) -> None:
+            raise failure
+
+        subscription = client.subscribe("flood", max_pending_msgs=1, overflow="drop_newest", on_gap=on_gap)
+        for n in range(5):
+            client.publish("flood", n)
+        client.flush()
+        assert subscription.next(5).decode() == 0
+        client.publish("flood", 9)
+        assert subscription.next(5).decode() == 9
+        wait_for(lambda: errors)
+        assert errors == [(failure, None)]
+        assert (subscription.errors, client.stats().handler_errors) == (1, 1)
+        with pytest.raises(ConfigError, match="on_gap"):
+            client.subscribe("flood", on_gap=5)  # type: ignore[arg-type]
 
     def test_wrong_options(self, clients: Callable[..., EventClient]) -> None:
         client = clients()

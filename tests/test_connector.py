@@ -9,7 +9,6 @@ import pytest
 from simnet import SimNet, SimTransport
 
 from evbus._inbox import Waiter
-from evbus._mailbox import Mailbox
 from evbus._outbox import Clock
 from evbus.acceptor import Acceptor
 from evbus.backoff import Backoff
@@ -25,21 +24,22 @@ from evbus.errors import (
     NotConnectedError,
     PayloadTooLargeError,
 )
-from evbus.handlers import HandlerRunner
 from evbus.limits import Limits
-from evbus.message import ConnectStatus
+from evbus.message import ConnectStatus, Gap
 from evbus.options import Reconnect, SessionOptions
-from evbus.plan import Interest
 from evbus.reports import Reports
 from evbus.server_core import ServerCore
 from evbus.session import Session
+from evbus.subscription import Subscription, Wishes
 from evbus.wire import Codec
 
 
 class Setting:
     """A server, a client whose connector dials it, and what it dialled when."""
 
-    def __init__(self, *servers: str, reconnect: Reconnect | None = None, seed: int = 1, payload: int = 1 << 20) -> None:
+    def __init__(
+        self, *servers: str, reconnect: Reconnect | None = None, seed: int = 1, payload: int = 1 << 20
+    ) -> None:
         self.net = SimNet(seed)
         self.loop = self.net.reactor()
         self.server = ServerCore(self.loop, Limits(payload_bytes=payload), wall_ms=self.net.wall_ms)
@@ -259,7 +259,9 @@ class TestReconnecting:
         setting.answers["one"] = refused("one")
         setting.lose()
         setting.until(lambda: setting.loop.now() > 3600)
-        pauses = [after - before for (before, _), (after, _) in zip(setting.dialled[1:], setting.dialled[2:], strict=False)]
+        pauses = [
+            after - before for (before, _), (after, _) in zip(setting.dialled[1:], setting.dialled[2:], strict=False)
+        ]
         assert len(pauses) > 1000
         assert max(pauses) <= 5.01
         assert setting.session.status is ConnectStatus.RECONNECTING
@@ -343,11 +345,16 @@ class TestBacklog:
     def test_what_was_kept_is_sent_first_and_in_order(self) -> None:
         setting = Setting(reconnect=Reconnect(buffer_bytes=1 << 20)).up()
         got: list[bytes] = []
-        interest = Interest(1, "it")
-        box = interest.mailbox = Mailbox(interest, 1)
-        runner = HandlerRunner(setting.session, box, "it", lambda message: got.append(message.data), None)
-        box.wake = lambda: setting.loop.call_soon(runner.run)
-        setting.session.subscribe(interest)
+        gaps: list[Gap] = []
+        subscription = Subscription.make(
+            setting.session,
+            "it",
+            lambda message: got.append(message.data),
+            Wishes(on_gap=gaps.append),
+            setting.loop.call_soon,
+            lambda _: None,
+        )
+        setting.session.subscribe(subscription.interest)
         setting.lose()
         for number in range(100):
             assert setting.publish(b"%d" % number)
@@ -357,6 +364,7 @@ class TestBacklog:
         assert setting.publish(b"100")
         setting.net.settle()
         assert got == [b"%d" % number for number in range(101)]
+        assert gaps == [Gap("it", None, "reconnect")]
 
     def test_a_full_one_says_so_and_keeps_what_it_has(self) -> None:
         setting = Setting(reconnect=Reconnect(buffer_bytes=1000)).up()

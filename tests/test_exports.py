@@ -31,6 +31,7 @@ PUBLIC = [
     "EventRouter",
     "EventServer",
     "EvbusError",
+    "Gap",
     "InvalidSubjectError",
     "LimitError",
     "Limits",

@@ -373,6 +373,23 @@ def everything(box: Mailbox) -> list[Message]:
     return found
 
 
+def in_order(box: Mailbox) -> list[object]:
+    """What waits: payloads' first bytes, and gaps as (count, reason)."""
+    found: list[object] = []
+    batch = None
+    while (batch := box.take(batch)) is not None:
+        gaps = batch.take_gaps()
+        assert batch.take_gaps() == []
+        assert batch.plain <= (not gaps)
+        found += gaps
+        found += [message.data[:4] for message in batch]
+    return found
+
+
+def gap(sid: int, count: int, reason: int = 1) -> bytes:
+    return pack(23, wire.ObjectId.GAP, 1, 0, 0, "iqB", sid, count, reason)
+
+
 class TestInbox:
     def test_deliveries_find_the_mailboxes_of_their_subject(self) -> None:
         table = Table()
@@ -483,7 +500,7 @@ class TestInbox:
 
     def test_control_packets_keep_their_order_and_unknown_ones_are_counted(self) -> None:
         table = Table()
-        ids = [254, 199, 1000, 1003, 1005, 1002, 1001]
+        ids = [254, 199, 1000, 1003, 1005, 1001]
         data = b"".join(pack(23, number, 1, 5, 6, "i", 0) for number in ids)
         skipped = b"".join(pack(23, number, version, 0, 0, "i", 0) for number, version in ((1, 1), (254, 2), (7000, 1)))
         controls = table.feed(data + skipped)
@@ -709,6 +726,85 @@ class TestMailbox:
         assert batch is not None
         assert len(batch) == 10
         everything(box)
+
+    def test_a_gap_waits_in_its_place(self) -> None:
+        table = Table()
+        box = table.add("a", 1)
+        assert table.feed(delivery("a", b"1") + gap(1, 5) + delivery("a", b"2") + delivery("a", b"3") + gap(1, 2)) == []
+        assert table.inbox.take_ready() == [box]
+        assert in_order(box) == [b"1", (5, "overflow"), b"2", b"3", (2, "overflow")]
+        assert (box.missed, box.handled, box.received, box.is_idle) == (7, 3, 3, True)
+
+    def test_a_gap_alone_wants_a_worker(self) -> None:
+        table = Table()
+        box = table.add("a", 1)
+        table.inbox.put_gap(box, None, "reconnect")
+        assert table.inbox.take_ready() == [box]
+        assert not box.is_idle
+        assert in_order(box) == [(None, "reconnect")]
+        assert box.is_idle
+        assert box.missed == 0
+
+    def test_gaps_with_nothing_between_them_become_one(self) -> None:
+        table = Table()
+        box = table.add("a", 1)
+        table.feed(gap(1, 5) + gap(1, 6) + gap(1, 3, 2) + gap(1, 1))
+        table.inbox.put_gap(box, None, "overflow")
+        table.feed(delivery("a", b"1"))
+        assert in_order(box) == [(11, "overflow"), (3, "reconnect"), (None, "overflow"), b"1"]
+        assert box.missed == 15
+
+    def test_gaps_that_concern_nobody_are_counted(self) -> None:
+        table = Table()
+        box = table.add("a", 1)
+        table.feed(gap(7, 5) + gap(7, -1) + pack(23, wire.ObjectId.GAP, 1, 0, 0, "iq", 1, 1))
+        assert (table.inbox.missed_late, table.inbox.malformed, box.missed) == (5, 1, 0)
+        box.end()
+        table.inbox.put_gap(box, 3, "overflow")
+        assert table.inbox.take_ready() == []
+        assert box.missed == 0
+
+    def test_drop_newest_leaves_a_gap_where_the_messages_were(self) -> None:
+        table = Table()
+        box = table.add("a", 1, max_msgs=3, overflow=_mailbox.OVERFLOW_DROP_NEWEST)
+        self.fill(table, 5)
+        assert in_order(box) == [b"0000", b"0001", b"0002", (2, "overflow")]
+        self.fill(table, 1)
+        assert in_order(box) == [b"0000"]
+        assert (box.missed, box.dropped, box.received) == (2, 2, 4)
+
+    def test_drop_oldest_leaves_a_gap_before_the_oldest_that_is_left(self) -> None:
+        table = Table()
+        box = table.add("a", 1, max_msgs=3, overflow=_mailbox.OVERFLOW_DROP_OLDEST)
+        self.fill(table, 2)
+        table.feed(gap(1, 10, 2))
+        self.fill(table, 2)
+        assert in_order(box) == [(1, "overflow"), b"0001", (10, "reconnect"), b"0000", b"0001"]
+        self.fill(table, 1)
+        table.feed(gap(1, 10, 2) + gap(1, 5))
+        self.fill(table, 4)
+        assert in_order(box) == [(1, "overflow"), (10, "reconnect"), (6, "overflow"), b"0001", b"0002", b"0003"]
+        assert (box.missed, box.dropped, box.pending_msgs, box.pending_bytes) == (28, 3, 0, 0)
+
+    def test_drop_oldest_one_message_per_batch(self) -> None:
+        table = Table()
+        box = table.add("a", 1, max_msgs=3, overflow=_mailbox.OVERFLOW_DROP_OLDEST, concurrency=2)
+        self.fill(table, 9)
+        first = box.take()
+        assert first is not None
+        assert first.take_gaps() == [(6, "overflow")]
+        assert [message.data[:4] for message in (box.take() or [])] == [b"0006"]
+
+    def test_clearing_takes_the_gaps_too(self) -> None:
+        table = Table()
+        box = table.add("a", 1)
+        table.feed(gap(1, 5) + delivery("a"))
+        batch = box.take()
+        table.feed(gap(1, 5))
+        assert box.clear() == 1
+        assert batch is not None
+        assert batch.take_gaps() == []
+        assert box.take(batch) is None
 
     def test_queries_make_a_batch_one_to_look_at(self) -> None:
         table = Table()

@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
     {"_inbox", "_router", "events"},
     {"backoff", "correlation", "handshake", "peer", "plan"},
     {"answers", "backlog", "registrar", "reports"},
-    {"broker", "control"},
+    {"broker", "control", "gaps"},
     {"session"},
     {"handlers"},
     {"reactor", "workers", "_clock", "_io"},

@@ -15,6 +15,7 @@ from simnet import CALM, Faults, SimNet
 from evbus import wire
 from evbus._frame import Ring, next_packet, pack, unpack
 from evbus._inbox import Waiter
+from evbus._mailbox import Mailbox
 from evbus._outbox import Clock
 from evbus.acceptor import Acceptor
 from evbus.correlation import Sending
@@ -637,6 +638,22 @@ class TestRequests:
         script.connect()
         script.hear(pack(23, 1002, 1, 0, 0, "iqB", 0, 12, 1) + pack(23, 1002, 1, 0, 0, "iqB", 0, -5, 1))
         assert script.session.stats().missed == 12
+
+    def test_every_subscription_can_be_told_of_a_gap(self) -> None:
+        script = Script()
+        script.connect()
+        boxes = []
+        for subject in ("a", "b.*"):
+            interest = Interest(script.session.registrar.new_sid(), subject)
+            interest.mailbox = Mailbox(interest, interest.sid, tally=script.session.registrar.tally)
+            script.session.subscribe(interest)
+            boxes.append(interest.mailbox)
+        script.session.registrar.tell_gap(None, "reconnect")
+        assert script.session.inbox.take_ready() == boxes
+        for box in boxes:
+            batch = box.take()
+            assert batch is not None
+            assert batch.take_gaps() == [(None, "reconnect")]
 
     def test_malformed_control_packets_are_counted(self) -> None:
         script = Script()

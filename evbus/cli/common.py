@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from evbus.errors import (
     ConfigError,
-    ConnectionLostError,
     EvbusError,
     InvalidSubjectError,
     NoRespondersError,
     RemoteError,
-    SlowConsumerError,
 )
 
 if TYPE_CHECKING:
@@ -42,9 +40,9 @@ __all__ = [
     "Parser",
     "UsageError",
     "add_client_options",
+    "connect_options",
     "die_in_order_on_sigterm",
     "exit_code",
-    "lasting_error",
     "open_client",
     "run_guarded",
     "say",
@@ -198,7 +196,8 @@ def add_client_options(parser: argparse.ArgumentParser) -> None:
         "-s",
         "--server",
         metavar="URL",
-        help="evbus://HOST:PORT or HOST:PORT; else the environment's EVBUS_URL, else " + DEFAULT_URL,
+        help="HOST:PORT, or several as HOST:PORT,HOST:PORT, or unix:///PATH; "
+        "else the environment's EVBUS_URL, else " + DEFAULT_URL,
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="tell about the connection on standard error")
 
@@ -220,7 +219,15 @@ def open_client(args: argparse.Namespace, command: str, **options: Any) -> Event
     import evbus
 
     _log_to_stderr(verbose=args.verbose)
-    return evbus.connect(server_url(args), name=f"evbus {command}", **options)
+    return evbus.connect(server_url(args), name=f"evbus {command}", **connect_options(args), **options)
+
+
+def connect_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `evbus.connect` is told of the options of `add_lasting_options`. A command without them tries once."""
+    options: dict[str, Any] = {"reconnect": getattr(args, "reconnect", False)}
+    if getattr(args, "wait", None) is not None:
+        options |= {"timeout": args.wait, "retry": True}
+    return options
 
 
 def _log_to_stderr(*, verbose: bool) -> None:
@@ -233,19 +240,6 @@ def _log_to_stderr(*, verbose: bool) -> None:
         # What goes wrong reaches the command as an exception or by `on_error`, and is told once. What is left are
         # tracebacks of our own handlers, which must not get lost.
         logger.handlers[0].addFilter(lambda record: record.exc_info is not None)
-
-
-def lasting_error(client_error: BaseException) -> Exception | None:
-    """What an error that the client told by `on_error` means for a command that runs until it is ended.
-
-    Returns:
-        the exception to end with; None if the command can go on.
-    """
-    if isinstance(client_error, ConnectionLostError):
-        return CommandError(f"lost the connection: {client_error.reason}; start again when the server is back")
-    if isinstance(client_error, SlowConsumerError):
-        return client_error
-    return None
 
 
 def die_in_order_on_sigterm() -> None:

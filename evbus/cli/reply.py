@@ -18,11 +18,11 @@ from evbus.cli.common import (
     UsageError,
     add_client_options,
     die_in_order_on_sigterm,
-    lasting_error,
     open_client,
     say,
 )
 from evbus.cli.ending import Ending
+from evbus.cli.lasting import add_lasting_options, lasting_error, say_error
 from evbus.cli.show import Printer, add_format_options
 from evbus.cli.values import add_body_options, body_value, codec_option, count, duration, headers, read_body
 from evbus.errors import CodecError
@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group", metavar="NAME", help="of the members of a group one is asked")
     parser.add_argument("-t", "--timestamps", action="store_true", help="print the time of asking in front (UTC)")
     add_format_options(parser)
+    add_lasting_options(parser)
     add_client_options(parser)
 
 
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     header_map = headers(args.header)
     die_in_order_on_sigterm()
     with Ending[Exception | None]() as ending:
-        responder = _Responder(printer, answer, header_map, args.count, ending)
+        responder = _Responder(printer, answer, header_map, args.count, ending, reconnects=args.reconnect)
         with open_client(args, "reply", codec=codec_option(args.format), on_error=responder.on_error) as client:
             client.on_query(args.subject, group=args.group)(responder.on_query)
             say(f"answering {args.subject}")
@@ -159,7 +160,10 @@ class _Responder:
         header_map: dict[str, str] | None,
         wanted: int | None,
         ending: Ending[Exception | None],
+        *,
+        reconnects: bool,
     ) -> None:
+        self._reconnects = reconnects
         self._printer = printer
         self._answer = answer
         self._headers = header_map
@@ -188,11 +192,11 @@ class _Responder:
                 self._ending.put(None)
 
     def on_error(self, error: BaseException, _message: Message | None) -> None:
-        lasting = lasting_error(error)
+        lasting = lasting_error(error, reconnects=self._reconnects)
         if lasting is not None:
             self._ending.put(lasting)
         else:
-            say(str(error))
+            say_error(error)
 
     def wait(self, timeout: float | None) -> None:
         """Until the count is reached or the time is up. Raises what ended it otherwise."""

@@ -19,13 +19,14 @@ from evbus.cli.common import (
     CommandError,
     UsageError,
     add_client_options,
-    lasting_error,
+    connect_options,
     say,
     server_url,
 )
 from evbus.cli.ending import Ending
+from evbus.cli.lasting import add_lasting_options, lasting_error
 from evbus.cli.values import duration
-from evbus.errors import EvbusError
+from evbus.errors import ConnectionLostError, EvbusError
 
 if TYPE_CHECKING:
     from evbus.client import EventClient
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--log-level", choices=_LOG_LEVELS, default="info", help="of the log on standard error (default: %(default)s)"
     )
+    add_lasting_options(parser)
     add_client_options(parser)
 
 
@@ -86,13 +88,15 @@ def run(args: argparse.Namespace) -> int:
             signal.signal(number, lambda number, _frame: ending.put(number))
 
         def on_error(error: BaseException, message: Message | None) -> None:
-            lasting = lasting_error(error)
+            lasting = lasting_error(error, reconnects=args.reconnect)
             if lasting is not None:
                 ending.put(lasting)
-            elif message is None:  # a handler's own is logged by the client
+            elif message is None and not isinstance(error, ConnectionLostError):  # those the client has logged
                 _log.error("%s", error)
 
-        client = evbus.connect(server_url(args), name="evbus run", codec=args.codec, on_error=on_error)
+        client = evbus.connect(
+            server_url(args), name="evbus run", codec=args.codec, on_error=on_error, **connect_options(args)
+        )
         with client:
             count = sum(len(_include(client, name, router)) for name, router in routers.items())
             # Whatever the log level is: whoever started us waits for it.

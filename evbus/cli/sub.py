@@ -12,11 +12,11 @@ from evbus.cli.common import (
     OutputClosed,
     add_client_options,
     die_in_order_on_sigterm,
-    lasting_error,
     open_client,
     say,
 )
 from evbus.cli.ending import Ending
+from evbus.cli.lasting import add_lasting_options, lasting_error, say_error, say_gap
 from evbus.cli.show import Printer, add_format_options
 from evbus.cli.values import count, duration
 from evbus.message import Message
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group", metavar="NAME", help="share the messages with all other members of this group")
     parser.add_argument("-t", "--timestamps", action="store_true", help="print the time of publishing in front (UTC)")
     add_format_options(parser)
+    add_lasting_options(parser)
     add_client_options(parser)
 
 
@@ -58,11 +59,11 @@ def run(args: argparse.Namespace) -> int:
     printer = Printer(as_json=args.json, raw=args.raw, time=args.timestamps, subject=several)
     die_in_order_on_sigterm()
     with Ending[Exception | None]() as ending:
-        tally = _Tally(printer, args.count, ending)
+        tally = _Tally(printer, args.count, ending, reconnects=args.reconnect)
         with open_client(args, "sub", on_error=tally.on_error) as client:
             try:
                 for subject in args.subject:
-                    client.subscribe(subject, tally.on_message, group=args.group)
+                    client.subscribe(subject, tally.on_message, group=args.group, on_gap=say_gap)
                 say(f"subscribed to {', '.join(args.subject)}")
                 tally.wait(args.timeout)
             finally:
@@ -78,7 +79,10 @@ class _Tally:
     the client's limits.
     """
 
-    def __init__(self, printer: Printer, wanted: int | None, ending: Ending[Exception | None]) -> None:
+    def __init__(
+        self, printer: Printer, wanted: int | None, ending: Ending[Exception | None], *, reconnects: bool
+    ) -> None:
+        self._reconnects = reconnects
         self._printer = printer
         self._wanted = wanted
         self._seen = 0
@@ -100,11 +104,11 @@ class _Tally:
                 self._end(None)
 
     def on_error(self, error: BaseException, _message: Message | None) -> None:
-        lasting = lasting_error(error)
+        lasting = lasting_error(error, reconnects=self._reconnects)
         if lasting is not None:
             self._ending.put(lasting)
         else:
-            say(str(error))
+            say_error(error)
 
     def _end(self, error: Exception | None) -> None:
         self._is_over = True
