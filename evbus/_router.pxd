@@ -2,9 +2,10 @@
 cimport cython
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
+from evbus._flow cimport receipt_t
 from evbus._frame cimport ERROR_CODES, Ring, RingPool, envelope_t, packet_t, span
 from evbus._queries cimport QueryTable, pending_t
-from evbus._subjects cimport SubjectTable, conn_t, entry_t, sub_t
+from evbus._subjects cimport SubjectTable, conn_t, entry_t, flow_t, route_t, sub_t
 
 
 @cython.final
@@ -37,6 +38,7 @@ cdef class Router:
     cdef uint32_t payload_limit
     cdef uint32_t query_limit
     cdef size_t pending_limit
+    cdef size_t soft_limit     # above it nothing is queued that may be dropped or can wait
     cdef double query_max_s
     cdef double query_default_s
     # Time, set once per turn by the owner.
@@ -63,6 +65,11 @@ cdef class Router:
     cdef conn_t **victims
     cdef size_t victim_count
     cdef size_t victim_room
+    # Connections with flows that have room again.
+    cdef conn_t **relieved
+    cdef size_t relieved_count
+    cdef size_t relieved_room
+    cdef receipt_t *receipt    # of the publish at hand, if its message waits for credit
     cdef list lost
     cdef list blocked
     cdef object packet
@@ -76,6 +83,12 @@ cdef class Router:
     cdef readonly uint64_t delivered
     cdef readonly uint64_t unrouted
     cdef readonly uint64_t dropped_slow
+    cdef readonly uint64_t dropped_newest
+    cdef readonly uint64_t dropped_held
+    cdef readonly uint64_t gaps
+    cdef readonly uint64_t gaps_untold
+    cdef readonly uint64_t held
+    cdef readonly uint64_t held_msgs
     cdef readonly uint64_t queries_asked
     cdef readonly uint64_t queries_answered
     cdef readonly uint64_t unknown_packets
@@ -98,6 +111,18 @@ cdef class Router:
     cdef uint32_t make_prefix(self, conn_t *sender, uint32_t dialect, uint32_t flags, uint32_t codec, int32_t sid,
                               int32_t deadline_ms, span task_id, span subject, uint32_t headers_size,
                               uint32_t payload_size) noexcept nogil
+    cdef uint32_t to_extras(self, conn_t *c, route_t *route, envelope_t *env, uint32_t *missed) noexcept nogil
+    cdef uint32_t ask_extras(self, conn_t *c, route_t *route, envelope_t *env, pending_t *query) noexcept nogil
+    cdef bint has_room(self, conn_t *c, size_t size) noexcept nogil
+    cdef bint must_drop(self, conn_t *c, size_t size) noexcept nogil
+    cdef void drop_newest(self, flow_t *flow) noexcept nogil
+    cdef bint send_or_hold(self, conn_t *publisher, sub_t *sub, uint32_t prefix_size, envelope_t *env) noexcept nogil
+    cdef void release(self, flow_t *flow) noexcept nogil
+    cdef void settle_receipt(self, receipt_t *receipt, bint delivered) noexcept nogil
+    cdef void put_gap(self, flow_t *flow) noexcept nogil
+    cdef void tell_gaps(self, conn_t *c) noexcept nogil
+    cdef void end_flow(self, flow_t *flow) noexcept nogil
+    cdef int relieve(self) except -1
     cdef bint deliver(self, conn_t *c, uint32_t prefix_size, span headers, span payload) noexcept nogil
     cdef bint answer(self, conn_t *c, envelope_t *env) noexcept nogil
     cdef pending_t *old_rule(self, conn_t *c, span subject) noexcept nogil
@@ -113,3 +138,4 @@ cdef class Router:
     cdef int64_t sender_system_id(self, conn_t *sender, uint32_t dialect) noexcept nogil
     cdef int flush_one(self, conn_t *c) except -1
     cdef int finish(self) except -1
+    cdef int settle_touched(self) except -1

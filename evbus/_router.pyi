@@ -66,6 +66,10 @@ class Link:
         """Bytes queued for the peer and not yet taken by the kernel."""
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes of messages that wait for the credit of its subscriptions."""
+
+    @property
     def is_blocked(self) -> bool:
         """Whether the kernel took no more at the last flush."""
 
@@ -79,10 +83,10 @@ class Link:
 
     @property
     def has_pending(self) -> bool:
-        """Whether anything is queued for it, or a query of its own or put to it is pending."""
+        """Whether anything is queued or waits for it, or a query of its own or put to it is pending."""
 
     def counters(self) -> dict[str, int]:
-        """packets_in, bytes_in, msgs_out, dropped since it connected."""
+        """packets_in, bytes_in, msgs_out, dropped since it connected; held_msgs and held_bytes wait for credit now."""
 
 @final
 class Interest:
@@ -106,6 +110,22 @@ class Interest:
     def group(self) -> bytes:
         """Name of its group, UTF-8; empty for none."""
 
+    @property
+    def overflow(self) -> int:
+        """A `wire.Overflow` as int."""
+
+    @property
+    def dropped(self) -> int:
+        """Messages that its policy has dropped."""
+
+    @property
+    def credit(self) -> int:
+        """Messages that it may be sent until the client grants more."""
+
+    @property
+    def held_msgs(self) -> int:
+        """Messages that wait for its credit."""
+
 @final
 class Router:
     """The data plane of one server.
@@ -113,6 +133,7 @@ class Router:
     Args:
         pool: memory for the connections' rings.
         payload_bytes, pending_bytes: limits of a payload and of what one connection may have queued.
+        soft_bytes: above it nothing is queued for a connection that may be dropped or can wait.
         queries: pending queries per connection.
         query_max_s, query_default_s: longest deadline of a query; the one of a query that names none.
         cache_subjects: subjects remembered that nobody subscribed to by name.
@@ -130,6 +151,7 @@ class Router:
         query_default_s: float,
         cache_subjects: int,
         ticks: int,
+        soft_bytes: int = 8388608,
     ) -> Router: ...
     @property
     def table(self) -> SubjectTable: ...
@@ -149,6 +171,30 @@ class Router:
     def unrouted(self) -> int: ...
     @property
     def dropped_slow(self) -> int: ...
+    @property
+    def dropped_newest(self) -> int:
+        """Messages dropped by the policy DROP_NEWEST."""
+
+    @property
+    def dropped_held(self) -> int:
+        """Messages that waited for the credit of a subscription that then ended."""
+
+    @property
+    def gaps(self) -> int:
+        """Gap packets queued."""
+
+    @property
+    def gaps_untold(self) -> int:
+        """Messages of gaps whose subscription ended, with its connection, before it could be told."""
+
+    @property
+    def held(self) -> int:
+        """Messages that had to wait for credit."""
+
+    @property
+    def held_msgs(self) -> int:
+        """Messages that wait for credit now."""
+
     @property
     def queries_asked(self) -> int: ...
     @property
@@ -198,11 +244,20 @@ class Router:
     def send(self, link: Link, packet: bytes) -> None:
         """Queue a packet of the control plane. Dropped (and counted) if the connection is being closed."""
 
-    def subscribe(self, link: Link, subject: bytes, sid: int = 0, role: int = 0, group: bytes = b"") -> Interest:
-        """Add a subscription to a valid subject or pattern; active at once. Returns its Interest."""
+    def subscribe(
+        self, link: Link, subject: bytes, sid: int = 0, role: int = 0, group: bytes = b"", overflow: int = 0
+    ) -> Interest:
+        """Add a subscription to a valid subject or pattern; active at once. Returns its Interest.
+
+        One with another `overflow` than CLOSE must be a version-2 subscriber's (role 0). With BLOCK it gets nothing until
+        `grant`.
+        """
 
     def unsubscribe(self, interest: Interest) -> None:
-        """End a subscription. Nothing more is queued for it after this returns."""
+        """End a subscription. Nothing more is queued for it after this returns, but a Gap if it is owed one."""
+
+    def grant(self, interest: Interest, msgs: int) -> None:
+        """A subscription with policy BLOCK may be sent so many messages more. For another one nothing happens."""
 
     def detach(self, link: Link) -> None:
         """The connection is gone: end its queries, tell the askers of queries that only it could still answer, and forget it.

@@ -22,6 +22,12 @@ Nothing is dropped silently: every path that does not deliver counts, and tells 
 it. A receiver whose ring would exceed the limit of pending bytes becomes a *victim*: it gets nothing more and the owner of
 the router closes it (`take_victims`).
 
+Subscriptions with another overflow policy than CLOSE (a *flow* each, see `_flow.pxd`) stay out of all this: a route lists
+those that are plain apart (`extra`), so that the others' deliveries cost nothing more. DROP_NEWEST: over the soft limit its
+messages are dropped until half of the limit is left; then, or before a message that cannot be dropped, a Gap tells how
+many. BLOCK: each message takes one from the subscription's credit; without credit, or over the soft limit, it waits in a
+copy, and the Receipt of its publish waits with it.
+
 Threads: one thread, the reactor's, with the interpreter lock held except inside the transports' system calls.
 """
 
@@ -34,11 +40,15 @@ from libc.string cimport memcmp, memcpy, memset, strlen
 from evbus._frame cimport (
     D_EVBUS_2, D_H22, D_H23_199, D_H23_255, DIALECTS, E_DUPLICATE_ID, E_INVALID_SUBJECT, E_MALFORMED, E_NO_RESPONDERS,
     E_PAYLOAD_TOO_LARGE, E_TOO_MANY_QUERIES, E_UNKNOWN_QUERY, F_ALL, F_ANSWER, F_CONFIRM, F_NO_ECHO, F_QUERY, HEADER_22,
-    HEADER_23, MAX_TASK_ID, O_CANCEL_QUERY, O_DELIVERY, O_ERROR, O_HANDSHAKE, O_HEARTBEAT, O_HEARTBEAT_OLD,
+    HEADER_23, MAX_TASK_ID, O_CANCEL_QUERY, O_CREDIT, O_DELIVERY, O_ERROR, O_GAP, O_HANDSHAKE, O_HEARTBEAT, O_HEARTBEAT_OLD,
     O_PUBLISH, O_QUERY, O_QUERY_END, O_RECEIPT, O_RESPONSE, O_SUBSCRIBE, O_UNSUBSCRIBE, SCAN_BAD_SIZE, SCAN_MORE,
     SCAN_PACKET, SCAN_TOO_LARGE, SUBJECT_OK, cursor, envelope_read, layout_detect, pack_packet, packet_scan, read_bytes, read_string, ring_lend,
     ring_linear, ring_put, ring_release, ring_fit, ring_settle, ring_skip, ring_t, span_blank, store_header,
     store_string, store_u32, store_u64, string_room, subject_check,
+)
+from evbus._flow cimport (
+    OVERFLOW_BLOCK, OVERFLOW_CLOSE, OVERFLOW_DROP_NEWEST, flow_hold, flow_new, flow_pop, flow_unlink, held_t, receipt_free,
+    receipt_new, receipts_orphan,
 )
 from evbus._queries cimport asked_t, own_id_of, subject_of, wire_id_of
 from evbus._subjects cimport group_t, route_t
@@ -65,6 +75,8 @@ cdef enum:
     CLOSE_PROTOCOL_ERROR = 7
     CLOSE_SLOW = 9
     CLOSE_INTERNAL = 14
+
+    GAP_OVERFLOW = 1
 
     END_COMPLETE = 0
     END_RESPONDER_LOST = 1
@@ -120,6 +132,10 @@ cdef class Link:
         self.c.packet_limit = 4096
         self.attached = True
 
+    def __dealloc__(self):
+        # Without `detach` only when a whole server is thrown away: then receipts that wait must not find a connection.
+        receipts_orphan(&self.c)
+
     @property
     def id(self):
         """The connection id."""
@@ -167,6 +183,11 @@ cdef class Link:
         return self.c.out.size + self.c.out.lent_size
 
     @property
+    def held_bytes(self):
+        """Bytes of messages that wait for the credit of its subscriptions."""
+        return self.c.held_bytes
+
+    @property
     def is_blocked(self):
         """Whether the kernel took no more at the last flush."""
         return self.c.blocked
@@ -183,12 +204,13 @@ cdef class Link:
 
     @property
     def has_pending(self):
-        """Whether anything is queued for it, or a query of its own or put to it is pending."""
-        return bool(self.c.out.size or self.c.asking is not NULL or self.c.asked is not NULL)
+        """Whether anything is queued or waits for it, or a query of its own or put to it is pending."""
+        return bool(self.c.out.size or self.c.held_msgs or self.c.asking is not NULL or self.c.asked is not NULL)
 
     def counters(self):
-        """packets_in, bytes_in, msgs_out, dropped since it connected."""
+        """packets_in, bytes_in, msgs_out, dropped since it connected; held_msgs and held_bytes wait for credit now."""
         return {
+            "held_msgs": self.c.held_msgs, "held_bytes": self.c.held_bytes,
             "packets_in": self.c.packets_in, "bytes_in": self.c.bytes_in,
             "msgs_out": self.c.msgs_out, "dropped": self.c.dropped,
         }
@@ -220,13 +242,44 @@ cdef class Interest:
         """Name of its group, UTF-8; empty for none."""
         return self.group_bytes
 
+    @property
+    def overflow(self):
+        """A `wire.Overflow` as int."""
+        return self.sub.flow.policy if self.sub.flow is not NULL else OVERFLOW_CLOSE
+
+    @property
+    def dropped(self):
+        """Messages that its policy has dropped."""
+        return self.sub.flow.dropped if self.sub.flow is not NULL else 0
+
+    @property
+    def credit(self):
+        """Messages that it may be sent until the client grants more."""
+        return self.sub.flow.credit if self.sub.flow is not NULL else 0
+
+    @property
+    def held_msgs(self):
+        """Messages that wait for its credit."""
+        return self.sub.flow.held_msgs if self.sub.flow is not NULL else 0
+
     def __dealloc__(self):
+        cdef held_t *held
         # Only when it is dropped without `unsubscribe`, as when a whole server is thrown away. The link may have been cleared.
         if self.active:
             if self.link.router is not None:
                 self.link.router.last = NULL
             self.link.c.subscriptions -= 1
             self.table.remove(&self.sub)
+            if self.sub.flow is not NULL:
+                held = flow_pop(self.sub.flow)
+                while held is not NULL:
+                    if held.receipt is not NULL:
+                        held.receipt.left -= 1
+                        if held.receipt.left == 0:
+                            receipt_free(held.receipt)
+                    free(held)
+                    held = flow_pop(self.sub.flow)
+                flow_unlink(self.sub.flow)
 
 
 cdef inline int grow(conn_t ***items, size_t *room) noexcept nogil:
@@ -259,6 +312,7 @@ cdef class Router:
     Args:
         pool: memory for the connections' rings.
         payload_bytes, pending_bytes: limits of a payload and of what one connection may have queued.
+        soft_bytes: above it nothing is queued for a connection that may be dropped or can wait.
         queries: pending queries per connection.
         query_max_s, query_default_s: longest deadline of a query; the one of a query that names none.
         cache_subjects: subjects remembered that nobody subscribed to by name.
@@ -266,12 +320,13 @@ cdef class Router:
     """
 
     def __cinit__(self, RingPool pool, *, uint32_t payload_bytes, size_t pending_bytes, uint32_t queries,
-                  double query_max_s, double query_default_s, size_t cache_subjects, int64_t ticks):
+                  double query_max_s, double query_default_s, size_t cache_subjects, int64_t ticks, size_t soft_bytes=8 * 1024 * 1024):
         self.pool = pool
         self.table = SubjectTable(cache_subjects)
         self.queries = QueryTable()
         self.payload_limit = payload_bytes
         self.pending_limit = pending_bytes
+        self.soft_limit = soft_bytes
         self.query_limit = queries
         self.query_max_s = query_max_s
         self.query_default_s = query_default_s
@@ -283,6 +338,7 @@ cdef class Router:
         free(self.touched)
         free(self.dirty)
         free(self.victims)
+        free(self.relieved)
 
     # ---- the owner's face --------------------------------------------------------------------------------------------
 
@@ -326,6 +382,8 @@ cdef class Router:
             if c.state != S_CLOSING and not c.blocked and c.out.size:
                 self.flush_one(c)
         self.dirty_count = 0
+        if self.relieved_count:
+            self.relieve()
 
     @property
     def ticks_system_id(self):
@@ -339,9 +397,13 @@ cdef class Router:
 
     def flush(self, Link link not None):
         """The link's socket is writable again: send what waits. Returns the bytes left."""
+        cdef size_t left
         link.c.blocked = False
         self.flush_one(&link.c)
-        return link.c.out.size
+        left = link.c.out.size
+        if self.relieved_count:
+            self.relieve()
+        return left
 
     def take_victims(self):
         """[(link, CloseReason)] of connections to close for being too slow."""
@@ -371,8 +433,12 @@ cdef class Router:
         self.put(&link.c, <const uint8_t *>PyBytes_AS_STRING(packet), <uint32_t>PyBytes_GET_SIZE(packet))
         self.finish()
 
-    def subscribe(self, Link link not None, bytes subject, int32_t sid=0, uint32_t role=0, bytes group=b""):
-        """Add a subscription to a valid subject or pattern; active at once. Returns its Interest."""
+    def subscribe(self, Link link not None, bytes subject, int32_t sid=0, uint32_t role=0, bytes group=b"",
+                  uint32_t overflow=0):
+        """Add a subscription to a valid subject or pattern; active at once. Returns its Interest.
+
+        One with another `overflow` than CLOSE must be a version-2 subscriber's (role 0). With BLOCK it gets nothing until
+        `grant`."""
         cdef Interest interest = Interest.__new__(Interest)
         interest.table = self.table
         interest.link = link
@@ -384,20 +450,36 @@ cdef class Router:
         interest.sub.group = <const uint8_t *>PyBytes_AS_STRING(group)
         interest.sub.group_size = <uint32_t>PyBytes_GET_SIZE(group)
         self.last = NULL
+        if overflow != OVERFLOW_CLOSE and flow_new(&interest.sub, overflow) is NULL:
+            raise MemoryError
         if self.table.add(&interest.sub, <const uint8_t *>PyBytes_AS_STRING(subject),
                           <uint32_t>PyBytes_GET_SIZE(subject)) < 0:
+            if interest.sub.flow is not NULL:
+                flow_unlink(interest.sub.flow)
             raise MemoryError
         interest.active = True
         link.c.subscriptions += 1
         return interest
 
     def unsubscribe(self, Interest interest not None):
-        """End a subscription. Nothing more is queued for it after this returns."""
+        """End a subscription. Nothing more is queued for it after this returns, but a Gap if it is owed one."""
         if interest.active:
             self.last = NULL
             self.table.remove(&interest.sub)
             interest.active = False
             interest.link.c.subscriptions -= 1
+            if interest.sub.flow is not NULL:
+                self.end_flow(interest.sub.flow)
+                self.finish()
+
+    def grant(self, Interest interest not None, int32_t msgs):
+        """A subscription with policy BLOCK may be sent so many messages more. For another one nothing happens."""
+        cdef flow_t *flow = interest.sub.flow
+        if flow is not NULL and flow.policy == OVERFLOW_BLOCK and interest.active:
+            # Whoever grants for ever has no more than what fits.
+            flow.credit = min(flow.credit + msgs, <int64_t>0x7fffffff)
+            self.release(flow)
+            self.finish()
 
     def detach(self, Link link not None):
         """The connection is gone: end its queries, tell the askers of queries that only it could still answer, and forget it.
@@ -419,6 +501,8 @@ cdef class Router:
             if query.asked_count == 0:
                 self.put_query_end(query.asker, query, END_RESPONDER_LOST)
                 self.queries.end(query)
+        receipts_orphan(c)
+        forget(self.relieved, &self.relieved_count, c)
         forget(self.touched, &self.touched_count, c)
         forget(self.dirty, &self.dirty_count, c)
         forget(self.victims, &self.victim_count, c)
@@ -515,7 +599,8 @@ cdef class Router:
         return {
             "packets_in": self.packets_in, "bytes_in": self.bytes_in, "bytes_out": self.bytes_out,
             "published": self.published, "delivered": self.delivered, "unrouted": self.unrouted,
-            "dropped_slow": self.dropped_slow, "queries": self.queries_asked, "answers": self.queries_answered,
+            "dropped_slow": self.dropped_slow, "dropped_newest": self.dropped_newest, "dropped_held": self.dropped_held,
+            "gaps": self.gaps, "gaps_untold": self.gaps_untold, "held": self.held, "held_msgs": self.held_msgs, "queries": self.queries_asked, "answers": self.queries_answered,
             "queries_pending": self.queries.count, "unknown_packets": self.unknown_packets,
             "early_packets": self.early_packets, "subscriptions": self.table.subscriptions,
             "subjects": self.table.subjects, "errors": {
@@ -574,7 +659,7 @@ cdef class Router:
                 if c.dialect == D_EVBUS_2 and not known:
                     known = pk.version == 2 and (pk.object_id == O_SUBSCRIBE or pk.object_id == O_UNSUBSCRIBE) or (
                         pk.version == 1
-                        and (pk.object_id == O_ERROR or pk.object_id == O_CANCEL_QUERY)
+                        and (pk.object_id == O_ERROR or pk.object_id == O_CANCEL_QUERY or pk.object_id == O_CREDIT)
                     )
                 if known:
                     result = 1
@@ -720,7 +805,9 @@ cdef class Router:
         if same < route.receivers:
             # Receivers of other dialects, and groups, get copies of their own. The run goes first where it could hold earlier
             # messages for one of them.
-            if self.run_dialect != in_place or route.groups or not in_place:
+            if self.run_dialect != in_place or route.groups or not in_place or (
+                route.extras and self.run_entry != entry
+            ):
                 self.run_commit()
             i = first + same
             if first:
@@ -729,6 +816,8 @@ cdef class Router:
                 self.fan_out(c, env, route.plain + i, route.first[DIALECTS] - i, skip, 0, env.task_id)
             if route.groups:
                 grouped = self.to_groups(c, entry, env, NULL, &missed)
+            if route.extras:
+                grouped += self.to_extras(c, route, env, &missed)
             self.work += route.receivers - same
         if same:
             # The packet becomes its own delivery, where it lies, and joins the run or starts one.
@@ -766,7 +855,14 @@ cdef class Router:
                         dropped += 1
                     elif route.plain[i] != skip:
                         receivers += 1
-                self.put_receipt(c, env.task_id, receivers, dropped)
+                if self.receipt is not NULL:
+                    # It waits in a queue, and so does the receipt; but not if it has left the queue again.
+                    self.receipt.receivers += receivers
+                    self.receipt.dropped += dropped
+                    self.settle_receipt(self.receipt, True)
+                    self.receipt = NULL
+                else:
+                    self.put_receipt(c, env.task_id, receivers, dropped)
             else:
                 self.put_response(c, env.task_id, 1, none)
         return 0
@@ -831,12 +927,14 @@ cdef class Router:
         cdef uint32_t i, k, size, n = 0, flags = F_QUERY if query is not NULL else 0
         cdef bint slow
         cdef sub_t *sub
+        cdef sub_t *later
         cdef span headers, task_id = env.task_id
         if query is not NULL:
             task_id = wire_id_of(query)
         entry.turn += 1
         for i in range(route.groups):
             slow = False
+            later = NULL
             for k in range(route.group[i].count):
                 sub = route.member[route.group[i].first + (entry.turn + k) % route.group[i].count]
                 if sub.conn == c and env.flags & F_NO_ECHO:
@@ -851,12 +949,40 @@ cdef class Router:
                                         task_id, env.subject, headers.size, env.payload.size)
                 if query is not NULL and self.queries.asked_of(query, sub.conn) is not NULL:
                     break  # a connection is asked once
+                if sub.flow is not NULL:
+                    if query is NULL and self.must_drop(sub.conn, size + headers.size + 4 + env.payload.size) and (
+                        sub.flow.policy == OVERFLOW_DROP_NEWEST
+                    ) or (query is NULL and sub.flow.policy == OVERFLOW_BLOCK and sub.flow.credit <= 0):
+                        # One that has room goes before it. To wait is better than to be dropped.
+                        if later is NULL or later.flow.policy == OVERFLOW_DROP_NEWEST:
+                            later = sub
+                        continue
+                    if sub.flow.policy == OVERFLOW_BLOCK:
+                        if query is NULL:
+                            if self.send_or_hold(c, sub, size, env):
+                                n += 1
+                                break
+                            continue
+                        sub.flow.credit -= 1
+                    elif sub.flow.missed:
+                        self.put_gap(sub.flow)
                 if self.deliver(sub.conn, size, headers, env.payload):
                     if query is not NULL:
                         self.queries.ask(query, sub.conn)
                     n += 1
                     break
             else:
+                if later is not NULL and later.flow.policy == OVERFLOW_BLOCK:
+                    size = self.make_prefix(c, D_EVBUS_2, flags, env.codec, later.sid, 0, task_id, env.subject,
+                                            env.headers.size, env.payload.size)
+                    if self.send_or_hold(c, later, size, env):
+                        n += 1
+                        continue
+                elif later is not NULL:
+                    later.conn.dropping = True
+                    later.conn.dropped += 1
+                    self.dropped_newest += 1
+                    self.drop_newest(later.flow)
                 missed[0] += slow
         return n
 
@@ -935,6 +1061,228 @@ cdef class Router:
         self.delivered += 1
         self.touch(c)
         return True
+
+    # ---- overflow policies -----------------------------------------------------------------------------------------------
+
+    cdef bint has_room(self, conn_t *c, size_t size) noexcept nogil:
+        # Below the soft limit with that packet. An empty queue takes any.
+        cdef size_t queued = c.out.size + c.out.lent_size
+        return queued == 0 or queued + size <= self.soft_limit
+
+    cdef bint must_drop(self, conn_t *c, size_t size) noexcept nogil:
+        # Whether what may be dropped for that connection is dropped now. Ends the dropping, with the gaps told, when half of
+        # the soft limit is left.
+        if c.dropping and c.out.size + c.out.lent_size <= self.soft_limit // 2:
+            self.tell_gaps(c)
+        return not c.victim and (c.dropping or not self.has_room(c, size))
+
+    cdef uint32_t to_extras(self, conn_t *c, route_t *route, envelope_t *env, uint32_t *missed) noexcept nogil:
+        # An event for the plain subscriptions with a policy: one copy for all of a connection that do not block, one for each
+        # that does. Returns how many were queued or wait; `missed` is how many were not.
+        cdef uint32_t i = 0, k, end, n = 0, size = 0
+        cdef sub_t *sub
+        cdef conn_t *target
+        cdef bint needed
+        cdef span headers = env.headers, task_id = env.task_id
+        while i < route.extras:
+            sub = route.extra[i]
+            target = sub.conn
+            end = i + 1
+            if target == c and env.flags & F_NO_ECHO:
+                i = end
+                continue
+            if size == 0:
+                size = self.make_prefix(c, D_EVBUS_2, 0, env.codec, 0, 0, task_id, env.subject, headers.size,
+                                        env.payload.size)
+            if sub.flow is not NULL and sub.flow.policy == OVERFLOW_BLOCK:
+                store_u32(self.prefix + HEADER_23 + 2, <uint32_t>sub.sid)
+                if self.send_or_hold(c, sub, size, env):
+                    n += 1
+                else:
+                    missed[0] += 1
+                i = end
+                continue
+            needed = sub.flow is NULL
+            while end < route.extras and route.extra[end].conn == target:
+                if route.extra[end].flow is NULL:
+                    needed = True
+                elif route.extra[end].flow.policy == OVERFLOW_BLOCK:
+                    break
+                end += 1
+            store_u32(self.prefix + HEADER_23 + 2, 0)
+            if self.must_drop(target, <size_t>size + headers.size + 4 + env.payload.size) and not needed:
+                target.dropping = True
+                target.dropped += 1
+                self.dropped_newest += 1
+                missed[0] += 1
+                for k in range(i, end):
+                    self.drop_newest(route.extra[k].flow)
+            else:
+                for k in range(i, end):
+                    if route.extra[k].flow is not NULL and route.extra[k].flow.missed:
+                        self.put_gap(route.extra[k].flow)
+                if self.deliver(target, size, headers, env.payload):
+                    n += 1
+                else:
+                    missed[0] += 1
+            i = end
+        return n
+
+    cdef uint32_t ask_extras(self, conn_t *c, route_t *route, envelope_t *env, pending_t *query) noexcept nogil:
+        # A query for the same subscriptions; it is not held back and not dropped, but it takes its credit.
+        cdef uint32_t i, size, n = 0
+        cdef sub_t *sub
+        for i in range(route.extras):
+            sub = route.extra[i]
+            if self.queries.asked_of(query, sub.conn) is not NULL:
+                continue
+            size = self.make_prefix(c, D_EVBUS_2, F_QUERY, env.codec, 0, env.deadline_ms, wire_id_of(query), env.subject,
+                                    env.headers.size, env.payload.size)
+            if sub.flow is not NULL and sub.flow.policy == OVERFLOW_BLOCK:
+                store_u32(self.prefix + HEADER_23 + 2, <uint32_t>sub.sid)
+                sub.flow.credit -= 1
+            if self.deliver(sub.conn, size, env.headers, env.payload) and self.queries.ask(query, sub.conn) == 0:
+                n += 1
+        return n
+
+    cdef void drop_newest(self, flow_t *flow) noexcept nogil:
+        flow.missed += 1
+        flow.dropped += 1
+
+    cdef bint send_or_hold(self, conn_t *publisher, sub_t *sub, uint32_t prefix_size, envelope_t *env) noexcept nogil:
+        # An event, whose prefix is made, for a subscription with policy BLOCK. False: it is, or now becomes, a victim.
+        cdef conn_t *c = sub.conn
+        cdef flow_t *flow = sub.flow
+        cdef size_t total = <size_t>prefix_size + env.headers.size + 4 + env.payload.size
+        cdef held_t *held
+        cdef uint8_t *p
+        if c.victim or (flow.credit > 0 and flow.head is NULL and self.has_room(c, total)):
+            if not self.deliver(c, prefix_size, env.headers, env.payload):
+                return False
+            flow.credit -= 1
+            return True
+        if c.held_bytes + c.out.size + c.out.lent_size + total > self.pending_limit:
+            self.make_victim(c, CLOSE_SLOW)
+            c.dropped += 1
+            self.dropped_slow += 1
+            return False
+        held = flow_hold(flow, total)
+        if held is NULL:
+            self.make_victim(c, CLOSE_INTERNAL)
+            c.dropped += 1
+            self.dropped_slow += 1
+            return False
+        p = held.data
+        memcpy(p, self.prefix, prefix_size)
+        p += prefix_size
+        memcpy(p, env.headers.ptr, env.headers.size)
+        p = store_u32(p + env.headers.size, env.payload.size)
+        memcpy(p, env.payload.ptr, env.payload.size)
+        self.held += 1
+        self.held_msgs += 1
+        if env.flags & F_CONFIRM and env.task_id.size:
+            if self.receipt is NULL:
+                self.receipt = receipt_new(publisher, env.task_id)
+            if self.receipt is not NULL:
+                self.receipt.left += 1
+                held.receipt = self.receipt
+        return True
+
+    cdef void release(self, flow_t *flow) noexcept nogil:
+        # Queues what waits for a subscription, as far as its credit and the connection's room go.
+        cdef conn_t *c = flow.sub.conn
+        cdef held_t *held = <held_t *>flow.head
+        while held is not NULL and flow.credit > 0 and not c.victim and self.has_room(c, held.size):
+            if ring_settle(c.out) < 0 or ring_put(c.out, held.data, held.size) < 0:
+                self.make_victim(c, CLOSE_INTERNAL)
+                return
+            held = flow_pop(flow)
+            flow.credit -= 1
+            self.held_msgs -= 1
+            c.msgs_out += 1
+            self.delivered += 1
+            self.touch(c)
+            if held.receipt is not NULL:
+                self.settle_receipt(held.receipt, True)
+            free(held)
+            held = <held_t *>flow.head
+
+    cdef void settle_receipt(self, receipt_t *receipt, bint delivered) noexcept nogil:
+        # One that a receipt waited for is done. The receipt goes out with the last.
+        cdef span task_id
+        if not delivered:
+            receipt.receivers -= 1
+            receipt.dropped += 1
+        receipt.left -= 1
+        if receipt.left:
+            return
+        if receipt.publisher is not NULL:
+            task_id.ptr = receipt.task_id
+            task_id.size = receipt.task_size
+            self.put_receipt(receipt.publisher, task_id, receipt.receivers, receipt.dropped)
+        receipt_free(receipt)
+
+    cdef void put_gap(self, flow_t *flow) noexcept nogil:
+        # In band: the next delivery for that subscription comes after it.
+        cdef uint8_t buf[64]
+        cdef uint8_t *p
+        cdef conn_t *c = flow.sub.conn
+        cdef uint32_t size = HEADER_23 + 13
+        if c.victim:
+            return
+        p = store_header(buf, HEADER_23, size, 0, O_GAP, 1, self.unix_ms)
+        p = store_u32(p, <uint32_t>flow.sub.sid)
+        store_u64(p, flow.missed)
+        p[8] = GAP_OVERFLOW
+        self.put(c, buf, size)
+        if not c.victim:
+            flow.missed = 0
+            self.gaps += 1
+
+    cdef void tell_gaps(self, conn_t *c) noexcept nogil:
+        cdef flow_t *flow = <flow_t *>c.flows
+        c.dropping = False
+        while flow is not NULL:
+            if flow.missed:
+                self.put_gap(flow)
+            flow = flow.next
+
+    cdef void end_flow(self, flow_t *flow) noexcept nogil:
+        # The subscription has ended. What waits for it is dropped, and what it was not told is told now, or counted.
+        cdef conn_t *c = flow.sub.conn
+        cdef held_t *held = flow_pop(flow)
+        while held is not NULL:
+            self.held_msgs -= 1
+            self.dropped_held += 1
+            c.dropped += 1
+            if held.receipt is not NULL:
+                self.settle_receipt(held.receipt, False)
+            free(held)
+            held = flow_pop(flow)
+        if flow.missed and c.state != S_CLOSING:
+            self.put_gap(flow)
+        self.gaps_untold += flow.missed
+        flow_unlink(flow)
+
+    cdef int relieve(self) except -1:
+        # Connections that took bytes: gaps are told, and what waited for room is queued. That may flush them again.
+        cdef conn_t *c
+        cdef flow_t *flow
+        while self.relieved_count:
+            self.relieved_count -= 1
+            c = self.relieved[self.relieved_count]
+            c.relieved = False
+            if c.victim or c.state == S_CLOSING:
+                continue
+            if c.dropping and c.out.size <= self.soft_limit // 2:
+                self.tell_gaps(c)
+            flow = <flow_t *>c.flows
+            while flow is not NULL and c.held_msgs:
+                if flow.head is not NULL:
+                    self.release(flow)
+                flow = flow.next
+            self.settle_touched()
+        return 0
 
     # ---- queries -------------------------------------------------------------------------------------------------------
 
@@ -1026,6 +1374,8 @@ cdef class Router:
                                         env.subject, headers.size, env.payload.size)
                 if self.deliver(target, size, headers, env.payload) and self.queries.ask(query, target) == 0:
                     asked += 1
+            if route.extras:
+                asked += self.ask_extras(c, route, &env, query)
             if asked == 0 and route.groups:
                 asked = self.to_groups(c, entry, &env, query, &missed)
         self.work += asked
@@ -1239,10 +1589,23 @@ cdef class Router:
             if not c.blocked:
                 c.blocked = True
                 self.blocked.append(link)
+        if (c.dropping or c.held_msgs) and not c.relieved and c.out.size <= self.soft_limit // 2:
+            if self.relieved_count == self.relieved_room and grow(&self.relieved, &self.relieved_room) < 0:
+                return 0  # the next flush tries again
+            self.relieved[self.relieved_count] = c
+            self.relieved_count += 1
+            c.relieved = True
         return 0
 
     cdef int finish(self) except -1:
-        # After a feed, or whatever else wrote: much is flushed now, little waits for the end of the turn; nothing stays lent.
+        # After a feed, or whatever else wrote.
+        self.settle_touched()
+        if self.relieved_count:
+            self.relieve()
+        return 0
+
+    cdef int settle_touched(self) except -1:
+        # Much is flushed now, little waits for the end of the turn; nothing stays lent.
         cdef size_t i, n = self.touched_count
         cdef conn_t *c
         self.touched_count = 0

@@ -27,10 +27,19 @@ ctypedef struct conn_t:
     uint64_t mark           # scratch: last resolve that saw it
     void *asking            # its own pending queries (pending_t list)
     void *asked             # queries put to it (asked_t list)
+    void *flows             # its subscriptions with a policy (flow_t list)
+    void *receipts          # of its publishes, held back (receipt_t list)
+    bint dropping           # over the soft limit: what may be dropped is, until half of that is left
+    bint relieved           # bytes were taken since it held back or dropped something
+    size_t held_bytes       # of messages that wait for credit
+    uint64_t held_msgs
     uint64_t packets_in
     uint64_t bytes_in
     uint64_t msgs_out
     uint64_t dropped
+
+
+ctypedef struct flow_t
 
 
 ctypedef struct sub_t:
@@ -43,6 +52,21 @@ ctypedef struct sub_t:
     void *place             # the entry_t or node_t of that list
     bint is_pattern
     uint32_t index          # where it stands in that list
+    flow_t *flow            # NULL: policy CLOSE
+
+
+# What a subscription with another policy than CLOSE needs.
+ctypedef struct flow_t:
+    sub_t *sub
+    flow_t *prev            # in its connection's list
+    flow_t *next
+    uint32_t policy
+    uint64_t missed         # messages dropped that it has not been told of
+    uint64_t dropped        # all of them
+    int64_t credit          # messages that it may still be sent
+    void *head              # what waits for credit (held_t)
+    void *tail
+    uint64_t held_msgs
 
 
 ctypedef struct subs_t:
@@ -64,10 +88,14 @@ ctypedef struct route_t:
     uint32_t first[DIALECTS + 1]  # plain connections by dialect: plain[first[d]:first[d + 1]]
     uint32_t groups
     uint32_t responders
+    uint32_t extras
     conn_t **plain
     group_t *group
     sub_t **member
     sub_t **responder
+    # Plain subscriptions whose connections are not in `plain`: those with policy BLOCK, and all of a connection of which one
+    # has DROP_NEWEST. By connection, BLOCK last.
+    sub_t **extra
 
 
 ctypedef struct entry_t:

@@ -26,6 +26,12 @@ from evbus._frame cimport MAX_TOKENS, SUBJECT_OK, load_u64, subject_check
 cdef size_t ROUTES_LIMIT = 64 * 1024 * 1024
 
 
+cdef enum:
+    # wire.Overflow
+    DROP_NEWEST = 1
+    BLOCK = 2
+
+
 # A node of the pattern trie. `tail` are the subscriptions that end in ">" below it.
 ctypedef struct node_t:
     node_t *parent
@@ -453,7 +459,8 @@ cdef class SubjectTable:
     cdef int resolve(self, entry_t *entry) noexcept nogil:
         # Makes the route of an entry: matches, one copy per connection, groups by name, connections sorted by dialect.
         cdef subs_t *found = &self.found
-        cdef uint32_t i, k, plain = 0, members = 0, responders = 0, groups = 0
+        cdef uint32_t i, k, plain = 0, members = 0, responders = 0, groups = 0, extras = 0, flows = 0
+        cdef uint64_t dropping = 0
         cdef uint32_t counts[DIALECTS + 1]
         cdef sub_t *sub
         cdef conn_t *conn
@@ -479,16 +486,27 @@ cdef class SubjectTable:
         self.visited += found.count
         for i in range(found.count):
             sub = found.items[i]
+            if sub.flow is not NULL and sub.role != 1 and sub.group_size == 0:
+                flows += 1
+                if sub.flow.policy == DROP_NEWEST:
+                    sub.conn.mark = dropping = self.stamp
+        if flows:
+            # Marked: connections of which all plain subscriptions are extras.
+            self.stamp += 1
+        for i in range(found.count):
+            sub = found.items[i]
             if sub.role == 1:
                 responders += 1
             elif sub.group_size:
                 members += 1
+            elif flows and is_extra(sub, dropping):
+                extras += 1
             elif sub.conn.mark != self.stamp:
                 sub.conn.mark = self.stamp
                 self.conns[plain] = sub.conn
                 counts[sub.conn.dialect + 1] += 1
                 plain += 1
-        size = sizeof(route_t) + (plain + members + responders) * sizeof(void *) + members * sizeof(group_t)
+        size = sizeof(route_t) + (plain + members + responders + extras) * sizeof(void *) + members * sizeof(group_t)
         p = <uint8_t *>malloc(size)
         if p is NULL:
             return -1
@@ -502,6 +520,8 @@ cdef class SubjectTable:
         p += members * sizeof(void *)
         route.responder = <sub_t **>p
         p += responders * sizeof(void *)
+        route.extra = <sub_t **>p
+        p += extras * sizeof(void *)
         route.group = <group_t *>p
         for i in range(<uint32_t>DIALECTS):
             counts[i + 1] += counts[i]
@@ -520,6 +540,11 @@ cdef class SubjectTable:
             elif sub.group_size:
                 named[k] = sub
                 k += 1
+            elif flows and is_extra(sub, dropping):
+                route.extra[route.extras] = sub
+                route.extras += 1
+        if extras > 1:
+            qsort(route.extra, extras, sizeof(sub_t *), by_connection)
         # A peer chooses how many groups there are, so the work must not grow with their square.
         if members > 1:
             qsort(named, members, sizeof(sub_t *), by_group)
@@ -530,7 +555,7 @@ cdef class SubjectTable:
                 groups += 1
             route.group[groups - 1].count += 1
         route.groups = groups
-        route.receivers = plain + groups
+        route.receivers = plain + groups + extras
         self.drop_route(entry)
         self.route_bytes += size
         entry.route = route
@@ -559,6 +584,24 @@ cdef class SubjectTable:
             groups,
             [(route.responder[i].conn.id, route.responder[i].sid) for i in range(route.responders)],
         )
+
+
+cdef inline bint is_extra(sub_t *sub, uint64_t dropping) noexcept nogil:
+    # Of a plain subscription; see route_t.extra.
+    return (dropping != 0 and sub.conn.mark == dropping) or (sub.flow is not NULL and sub.flow.policy == BLOCK)
+
+
+cdef int by_connection(const void *a, const void *b) noexcept nogil:
+    cdef const sub_t *x = (<const sub_t **>a)[0]
+    cdef const sub_t *y = (<const sub_t **>b)[0]
+    cdef bint x_blocks, y_blocks
+    if x.conn.id != y.conn.id:
+        return -1 if x.conn.id < y.conn.id else 1
+    x_blocks = x.flow is not NULL and x.flow.policy == BLOCK
+    y_blocks = y.flow is not NULL and y.flow.policy == BLOCK
+    if x_blocks != y_blocks:
+        return -1 if y_blocks else 1
+    return (x.sid > y.sid) - (x.sid < y.sid)
 
 
 cdef int by_name(const sub_t *a, const sub_t *b) noexcept nogil:

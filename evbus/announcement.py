@@ -18,7 +18,7 @@ from evbus.limits import Limits
 __all__ = ["FEATURES", "HEARTBEAT_RANGE_S", "ClientAnnouncement", "read_client_announcement", "server_announcement"]
 
 #: A protocol feature per name; a peer uses only what the other side names too.
-FEATURES: Final = ("headers", "receipt", "gap", "goaway", "query_end", "cancel", "error")
+FEATURES: Final = ("headers", "receipt", "gap", "goaway", "query_end", "cancel", "error", "drop_newest", "credit")
 
 #: Bounds of the heartbeat interval that a client may announce, in seconds.
 HEARTBEAT_RANGE_S: Final = (0.05, 3600.0)

@@ -21,7 +21,7 @@ from typing import Final
 
 from evbus import _frame, wire
 from evbus._frame import RingPool
-from evbus._router import FEED_CONTROL, FEED_YIELD, LINK_NEW, LINK_READY, Link, Router
+from evbus._router import FEED_CONTROL, FEED_YIELD, LINK_CLOSING, LINK_NEW, LINK_READY, Link, Router
 from evbus.announcement import read_client_announcement, server_announcement
 from evbus.limits import Limits
 from evbus.peer import Peer
@@ -69,6 +69,7 @@ class Broker:
             query_max_s=limits.query_s,
             query_default_s=limits.query_default_s,
             cache_subjects=limits.match_cache,
+            soft_bytes=limits.pending_soft_bytes,
             ticks=wire.dotnet_ticks(unix_ms),
         )
         self.peers: dict[int, Peer] = {}
@@ -96,6 +97,7 @@ class Broker:
             ObjectId.HEARTBEAT_OLD: self._on_heartbeat_old,
             ObjectId.ERROR: self._on_error,
             ObjectId.CANCEL_QUERY: self._on_cancel_query,
+            ObjectId.CREDIT: self._on_credit,
         }
         self.router.set_time(now, unix_ms)
 
@@ -145,7 +147,9 @@ class Broker:
         if link.state == LINK_NEW:
             self._handshakes_open -= 1
         self.closed_by_reason[reason] += 1
-        self.undelivered_bytes += link.pending_bytes
+        waiting = link.pending_bytes + link.held_bytes
+        self.undelivered_bytes += waiting
+        link.state = LINK_CLOSING  # nothing more is queued for it
         self._waiting.discard(peer)
         if peer.subscriptions:
             for interest in peer.subscriptions.values():
@@ -159,7 +163,7 @@ class Broker:
                 link.id,
                 peer.label,
                 WORDS[reason],
-                f"; {link.pending_bytes:,} bytes were waiting for it" if link.pending_bytes else "",
+                f"; {waiting:,} bytes were waiting for it" if waiting else "",
             )
         else:
             self._log.debug("connection %d (%s) ended: %s%s", link.id, peer.label, WORDS[reason], detail)
@@ -267,14 +271,13 @@ class Broker:
         if not _frame.subject_is_valid(subject, True):
             self.router.refuse(peer.link, task_id, ErrorCode.INVALID_SUBJECT, subject)
             return None
-        if role > Role.RESPONDER or overflow != Overflow.CLOSE:
-            # The other policies need features ("gap" per subscription, "credit") that this server does not name.
+        if role > Role.RESPONDER or overflow > (Overflow.CLOSE if role == Role.RESPONDER else Overflow.BLOCK):
             self.router.refuse(peer.link, task_id, ErrorCode.UNSUPPORTED, subject)
             return None
         key = sid or subject
         known = peer.subscriptions.get(key) if peer.subscriptions else None
         if known is not None:
-            if known.subject != subject or known.role != role or known.group != group:
+            if known.subject != subject or (known.role, known.overflow, known.group) != (role, overflow, group):
                 self.router.refuse(peer.link, task_id, ErrorCode.DUPLICATE_ID, subject)
             else:
                 self.router.acknowledge(peer.link, task_id)
@@ -287,7 +290,7 @@ class Broker:
             return None
         if peer.subscriptions is None:
             peer.subscriptions = {}
-        peer.subscriptions[key] = self.router.subscribe(peer.link, subject, sid, role, group)
+        peer.subscriptions[key] = self.router.subscribe(peer.link, subject, sid, role, group, overflow)
         self.router.acknowledge(peer.link, task_id)
         return None
 
@@ -344,6 +347,17 @@ class Broker:
         else:
             # Not pending any more is no error: its answer may just be on the way.
             self.router.cancel_query(peer.link, fields[0])
+        return None
+
+    def _on_credit(self, peer: Peer, packet: _Packet) -> CloseReason | None:
+        fields = _frame.unpack(packet[4], "ii")
+        if fields is None or fields[0] <= 0 or fields[1] <= 0:
+            self.router.refuse(peer.link, b"", ErrorCode.MALFORMED)
+            return None
+        # Of a subscription that has just ended, or was refused, there is nothing to say.
+        interest = peer.subscriptions.get(fields[0]) if peer.subscriptions else None
+        if interest is not None:
+            self.router.grant(interest, fields[1])
         return None
 
     # ---- time ------------------------------------------------------------------------------------------------------

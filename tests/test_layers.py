@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"limits", "payload", "ratelog", "reasons"},
     {"_frame", "announcement"},
     {"_message", "_outbox", "_subjects", "options"},
-    {"_mailbox", "_queries", "message", "signatures"},
+    {"_flow", "_mailbox", "_queries", "message", "signatures"},
     {"_inbox", "_router", "events"},
     {"backoff", "correlation", "handshake", "peer", "plan"},
     {"answers", "backlog", "registrar", "reports"},
