@@ -20,6 +20,7 @@ from evbus._version import __version__
 
 if TYPE_CHECKING:
     from evbus.aio import AsyncEventClient
+    from evbus.aio_replies import AsyncReplies
     from evbus.aio_subscription import AsyncSubscription
     from evbus.client import EventClient, connect
     from evbus.errors import (
@@ -52,13 +53,16 @@ if TYPE_CHECKING:
     from evbus.limits import UNLIMITED, Limits
     from evbus.message import ClientStats, ConnectStatus, Message, Receipt
     from evbus.options import ClientLimits
+    from evbus.replies import Reply
     from evbus.routers import EventRouter
     from evbus.server import EventServer
     from evbus.subscription import Subscription
+    from evbus.sync_replies import Replies
 
 __all__ = [
     "UNLIMITED",
     "AsyncEventClient",
+    "AsyncReplies",
     "AsyncSubscription",
     "AuthError",
     "BufferFullError",
@@ -91,6 +95,8 @@ __all__ = [
     "Receipt",
     "RefusedError",
     "RemoteError",
+    "Replies",
+    "Reply",
     "ResponderLostError",
     "ServerStartError",
     "SlowConsumerError",
@@ -102,6 +108,7 @@ __all__ = [
 
 _HOMES = {
     "AsyncEventClient": "aio",
+    "AsyncReplies": "aio_replies",
     "AsyncSubscription": "aio_subscription",
     "ClientLimits": "options",
     "ClientStats": "message",
@@ -113,6 +120,8 @@ _HOMES = {
     "Message": "message",
     "Query": "events",
     "Receipt": "message",
+    "Replies": "sync_replies",
+    "Reply": "replies",
     "Subscription": "subscription",
     "UNLIMITED": "limits",
     "connect": "client",

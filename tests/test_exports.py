@@ -15,6 +15,7 @@ import evbus
 
 PUBLIC = [
     "AsyncEventClient",
+    "AsyncReplies",
     "AsyncSubscription",
     "AuthError",
     "BufferFullError",
@@ -47,6 +48,8 @@ PUBLIC = [
     "Receipt",
     "RefusedError",
     "RemoteError",
+    "Replies",
+    "Reply",
     "ResponderLostError",
     "ServerStartError",
     "SlowConsumerError",
