@@ -20,6 +20,7 @@ from evbus._version import __version__
 
 if TYPE_CHECKING:
     from evbus.aio import AsyncEventClient
+    from evbus.aio_replies import AsyncReplies
     from evbus.aio_subscription import AsyncSubscription
     from evbus.client import EventClient, connect
     from evbus.errors import (
@@ -52,13 +53,16 @@ if TYPE_CHECKING:
     from evbus.limits import UNLIMITED, Limits
     from evbus.message import ClientStats, ConnectStatus, Gap, Message, Receipt
     from evbus.options import ClientLimits, Reconnect
+    from evbus.replies import Reply
     from evbus.routers import EventRouter
     from evbus.server import EventServer
     from evbus.subscription import Subscription
+    from evbus.sync_replies import Replies
 
 __all__ = [
     "UNLIMITED",
     "AsyncEventClient",
+    "AsyncReplies",
     "AsyncSubscription",
     "AuthError",
     "BufferFullError",
@@ -93,6 +97,8 @@ __all__ = [
     "Reconnect",
     "RefusedError",
     "RemoteError",
+    "Replies",
+    "Reply",
     "ResponderLostError",
     "ServerStartError",
     "SlowConsumerError",
@@ -104,6 +110,7 @@ __all__ = [
 
 _HOMES = {
     "AsyncEventClient": "aio",
+    "AsyncReplies": "aio_replies",
     "AsyncSubscription": "aio_subscription",
     "ClientLimits": "options",
     "ClientStats": "message",
@@ -117,6 +124,8 @@ _HOMES = {
     "Query": "events",
     "Receipt": "message",
     "Reconnect": "options",
+    "Replies": "sync_replies",
+    "Reply": "replies",
     "Subscription": "subscription",
     "UNLIMITED": "limits",
     "connect": "client",

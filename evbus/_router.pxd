@@ -133,7 +133,7 @@ cdef class Router:
     cdef void put_response(self, conn_t *c, span task_id, uint32_t status, span text) noexcept nogil
     cdef void put_error(self, conn_t *c, span task_id, uint32_t code, span subject) noexcept nogil
     cdef void put_receipt(self, conn_t *c, span task_id, uint32_t receivers, uint32_t dropped) noexcept nogil
-    cdef void put_query_end(self, conn_t *c, pending_t *query, uint32_t reason) noexcept nogil
+    cdef void put_query_end(self, conn_t *c, pending_t *query, uint32_t reason, int64_t lost) noexcept nogil
     cdef int64_t own_system_id(self, conn_t *c) noexcept nogil
     cdef int64_t sender_system_id(self, conn_t *sender, uint32_t dialect) noexcept nogil
     cdef int flush_one(self, conn_t *c) except -1

@@ -498,8 +498,10 @@ cdef class Router:
             query = <pending_t *>(<asked_t *>c.asked).query
             self.queries.answered(query, c)
             query.lost = True
+            if query.all:
+                self.put_query_end(query.asker, query, END_RESPONDER_LOST, <int64_t>c.id)
             if query.asked_count == 0:
-                self.put_query_end(query.asker, query, END_RESPONDER_LOST)
+                self.put_query_end(query.asker, query, END_RESPONDER_LOST, 0)
                 self.queries.end(query)
         receipts_orphan(c)
         forget(self.relieved, &self.relieved_count, c)
@@ -553,7 +555,7 @@ cdef class Router:
                 self.put_response(asker, own, 2, subject)
         if query.asked_count == 0:
             if query.all:
-                self.put_query_end(asker, query, END_RESPONDER_LOST if query.lost else END_COMPLETE)
+                self.put_query_end(asker, query, END_RESPONDER_LOST if query.lost else END_COMPLETE, 0)
             self.queries.end(query)
         self.finish()
         return True
@@ -564,7 +566,7 @@ cdef class Router:
         cdef int n = 0
         while query is not NULL:
             if query.asker.dialect == D_EVBUS_2:
-                self.put_query_end(query.asker, query, END_DEADLINE)
+                self.put_query_end(query.asker, query, END_DEADLINE, 0)
             self.queries.end(query)
             n += 1
             query = self.queries.due(self.now)
@@ -1444,7 +1446,7 @@ cdef class Router:
         if query.all and asker.dialect == D_EVBUS_2:
             self.queries.answered(query, c)
             if query.asked_count == 0:
-                self.put_query_end(asker, query, END_RESPONDER_LOST if query.lost else END_COMPLETE)
+                self.put_query_end(asker, query, END_RESPONDER_LOST if query.lost else END_COMPLETE, 0)
                 self.queries.end(query)
             return
         self.queries.end(query)
@@ -1550,7 +1552,8 @@ cdef class Router:
         p = store_u32(p, dropped)
         self.put(c, buf, size)
 
-    cdef void put_query_end(self, conn_t *c, pending_t *query, uint32_t reason) noexcept nogil:
+    cdef void put_query_end(self, conn_t *c, pending_t *query, uint32_t reason, int64_t lost) noexcept nogil:
+        # `lost`: the connection that will not reply, while others may; 0: the query is over.
         cdef uint8_t buf[256]
         cdef uint8_t *p
         cdef span own = own_id_of(query), text
@@ -1562,7 +1565,7 @@ cdef class Router:
                 self.put_response(c, own, 2, text)
             return
         size = c.header + string_room(own.size) + 5
-        p = store_header(buf, c.header, size, 0, O_QUERY_END, 1, self.unix_ms)
+        p = store_header(buf, c.header, size, lost, O_QUERY_END, 1, self.unix_ms)
         p = store_string(p, own.ptr, own.size)
         p[0] = <uint8_t>reason
         p = store_u32(p + 1, query.replies)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
@@ -20,21 +20,23 @@ from evbus._inbox import Waiter
 from evbus._message import Message
 from evbus._outbox import PACK_YIELD
 from evbus.aio_loop import AsyncDialler, AsyncWaiting, Callbacks, LoopReactor, Tasks, dial_async
+from evbus.aio_replies import AsyncReplies
 from evbus.aio_subscription import AsyncSubscription
 from evbus.connector import Connector
 from evbus.correlation import Notify
 from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, Server, check_servers
-from evbus.errors import ClientClosedError, CodecError, EvbusError
-from evbus.events import Query, address_of, response_of, subscribed
+from evbus.errors import ClientClosedError, EvbusError
+from evbus.events import AsyncAnswering, Handling, Query, subscribed
 from evbus.gaps import OnGap
 from evbus.message import ClientStats, ConnectStatus, Receipt
 from evbus.options import ClientLimits, Reconnect, SessionOptions, check_reconnect, check_timeout
-from evbus.payload import OMITTED, codec_from_name, encode, make_decoder
+from evbus.payload import OMITTED, codec_from_name
 from evbus.plan import Interest
 from evbus.reactor import Loop
 from evbus.reports import Reports
+from evbus.requests import Publishing, Requests
 from evbus.routers import EventRouter
-from evbus.session import MAX_QUERY_S, Session
+from evbus.session import Session
 from evbus.signatures import Handler
 from evbus.subscription import Wishes
 from evbus.transport import Transport
@@ -43,6 +45,8 @@ from evbus.wire import Codec
 __all__ = ["AsyncEventClient"]
 
 T = TypeVar("T")
+E = TypeVar("E")
+Q = TypeVar("Q", bound=Query[Any])
 F = TypeVar("F", bound=Callable[..., Any])
 
 _log = logging.getLogger("evbus.client")
@@ -119,6 +123,7 @@ class AsyncEventClient:
         self._session.address = str(self._servers[0])
         self._session.outbox.gather()
         self._waiting = AsyncWaiting(self._session)
+        self._requests = Requests(self._session)
         self._session.answers.send = self._waiting.push_now
         self._pack_event = self._session.outbox.pack_event
         self._dialler = AsyncDialler(self._dial)
@@ -266,9 +271,64 @@ class AsyncEventClient:
 
     # ---- subscribing -------------------------------------------------------------------------------------------------
 
+    # Overloads: a subject as text; a class and its own type, or the Message; a class and another type.
+    @overload
     async def subscribe(
         self,
-        subject: str | type,
+        subject: str,
+        handler: Handler | None = None,
+        *,
+        type: Any = None,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+        on_gap: OnGap | None = None,
+    ) -> AsyncSubscription: ...
+    @overload
+    async def subscribe(
+        self,
+        subject: type[E],
+        handler: Callable[[E], Any] | None = None,
+        *,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+        on_gap: OnGap | None = None,
+    ) -> AsyncSubscription: ...
+    @overload
+    async def subscribe(
+        self,
+        subject: type[Any],
+        handler: Callable[[Message], Any],
+        *,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+        on_gap: OnGap | None = None,
+    ) -> AsyncSubscription: ...
+    @overload
+    async def subscribe(
+        self,
+        subject: type[Any],
+        handler: Handler,
+        *,
+        type: Any,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+        on_gap: OnGap | None = None,
+    ) -> AsyncSubscription: ...
+    async def subscribe(
+        self,
+        subject: Any,
         handler: Handler | None = None,
         *,
         type: Any = None,
@@ -284,6 +344,8 @@ class AsyncEventClient:
         On a connected client the subscription is active when this returns. Otherwise it becomes active with `connect`.
 
         Args:
+            subject: text, or a class that has one (see `evbus.event`), which is then what the handler gets, unless it
+                is annotated `Message`.
             handler: called, and awaited, with each message, in order. Its first parameter decides what it gets:
                 the payload decoded into the type it is annotated with, or the `Message` if it has no annotation. If the
                 message is a query, a value that it returns, or publishes on the query's subject meanwhile, is the
@@ -307,9 +369,10 @@ class AsyncEventClient:
         wishes = Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow, on_gap=on_gap)
         return await self._subscribe(subject, handler, wishes)
 
+    @overload
     def on(
         self,
-        subject: str | type,
+        subject: str,
         *,
         type: Any = None,
         group: str | None = None,
@@ -318,7 +381,44 @@ class AsyncEventClient:
         max_pending_bytes: int | None = None,
         overflow: str = "close",
         on_gap: OnGap | None = None,
-    ) -> Callable[[F], F]:
+    ) -> Callable[[F], F]: ...
+    @overload
+    def on(
+        self,
+        subject: type[E],
+        *,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+        on_gap: OnGap | None = None,
+    ) -> Handling[E]: ...
+    @overload
+    def on(
+        self,
+        subject: type[Any],
+        *,
+        type: Any,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+        on_gap: OnGap | None = None,
+    ) -> Callable[[F], F]: ...
+    def on(
+        self,
+        subject: Any,
+        *,
+        type: Any = None,
+        group: str | None = None,
+        concurrency: int = 1,
+        max_pending_msgs: int | None = None,
+        max_pending_bytes: int | None = None,
+        overflow: str = "close",
+        on_gap: OnGap | None = None,
+    ) -> Any:
         """`subscribe` as a decorator, not awaited; the function stays as it is. `unsubscribe(subject, function)` ends
         it.
 
@@ -328,9 +428,21 @@ class AsyncEventClient:
         wishes = Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow, on_gap=on_gap)
         return self._decorator(subject, wishes)
 
+    @overload
     def on_query(
-        self, subject: str | type, *, type: Any = None, group: str | None = None, concurrency: int = 1
-    ) -> Callable[[F], F]:
+        self, subject: str, *, type: Any = None, group: str | None = None, concurrency: int = 1
+    ) -> Callable[[F], F]: ...
+    @overload
+    def on_query(  # type: ignore[overload-overlap]  # a query class is a class with a subject, and more is known of it
+        self, subject: type[Q], *, group: str | None = None, concurrency: int = 1
+    ) -> AsyncAnswering[Q]: ...
+    @overload
+    def on_query(self, subject: type[E], *, group: str | None = None, concurrency: int = 1) -> Handling[E]: ...
+    @overload
+    def on_query(
+        self, subject: type[Any], *, type: Any, group: str | None = None, concurrency: int = 1
+    ) -> Callable[[F], F]: ...
+    def on_query(self, subject: Any, *, type: Any = None, group: str | None = None, concurrency: int = 1) -> Any:
         """A decorator: the function answers queries on the subject, and gets no events.
 
         What it returns is the answer, None included, unless it has answered by `Message.reply` or `Message.fail`. If it
@@ -423,6 +535,39 @@ class AsyncEventClient:
 
     # ---- publishing and asking ---------------------------------------------------------------------------------------
 
+    # Overloads: a subject as text; a class and one of its messages; a message whose class has a subject.
+    @overload
+    async def publish(
+        self,
+        subject: str,
+        message: object = ...,
+        *,
+        headers: Mapping[str, str] | None = None,
+        confirm: bool = False,
+        no_echo: bool = False,
+        timeout: float | None = None,
+    ) -> Receipt | None: ...
+    @overload
+    async def publish(
+        self,
+        subject: type[E],
+        message: E,
+        *,
+        headers: Mapping[str, str] | None = None,
+        confirm: bool = False,
+        no_echo: bool = False,
+        timeout: float | None = None,
+    ) -> Receipt | None: ...
+    @overload
+    async def publish(
+        self,
+        subject: object,
+        *,
+        headers: Mapping[str, str] | None = None,
+        confirm: bool = False,
+        no_echo: bool = False,
+        timeout: float | None = None,
+    ) -> Receipt | None: ...
     async def publish(
         self,
         subject: Any,
@@ -430,6 +575,7 @@ class AsyncEventClient:
         *,
         headers: Mapping[str, str] | None = None,
         confirm: bool = False,
+        no_echo: bool = False,
         timeout: float | None = None,
     ) -> Receipt | None:
         """Publish a message. It is sent soon, in the order of the calls; `flush` waits until the server has it.
@@ -437,10 +583,11 @@ class AsyncEventClient:
         Called by a handler of `subscribe` that is at a query, on the query's subject, it is the answer to the query.
 
         Args:
-            subject: text; or an object of a class that names its subject (`evbus.event`), which is then the message.
+            subject: text; or the message itself, if its class has a subject (see `evbus.event`); or that class.
             message: bytes and str go as they are; dataclasses, Structs and containers are encoded. Nothing: no payload.
             headers: text to text, 16 KiB at most.
             confirm: wait until the server has queued the message for every matching subscriber, and return its Receipt.
+            no_echo: not for this client's own subscriptions. A version-1 server does not know it.
             timeout: seconds to wait for room in a full buffer, and for the receipt; None: as long as the connection
                 lasts. 0 without `confirm` never waits.
 
@@ -448,46 +595,73 @@ class AsyncEventClient:
             NotConnectedError, ClientClosedError, InvalidSubjectError, CodecError, PayloadTooLargeError,
             BufferFullError:
                 nothing was published.
-            PermissionDeniedError, RefusedError: the server refused it (only with `confirm`; else see `flush`).
+            PermissionDeniedError, RefusedError: the server refused it (only with `confirm`, else see `flush`), or is of
+                version 1 and does not know `no_echo`.
             ConfirmTimeoutError, ConnectionLostError: the outcome is unknown (only with `confirm`).
 
         Every 64 KiB the loop gets a turn, so that a task that only publishes holds up nobody. If the publish is
         cancelled, its outcome is unknown.
         """
         # The short way, for what is published by the million.
-        if type(message) is bytes and headers is None and not confirm:
+        if type(message) is bytes and headers is None and not confirm and not no_echo:
             status = self._pack_event(subject, message, _BYTES)
             if not status:
                 return None
             if status == PACK_YIELD:
                 await asyncio.sleep(0)
                 return None
-        return await self._publish(subject, message, headers, confirm, timeout)
+        outgoing = self._requests.publish(subject, message, headers, confirm, no_echo, timeout)
+        receipt: Receipt | None = await self._waiting.carry(outgoing) if outgoing is not None else None
+        return receipt
 
-    async def _publish(
-        self, subject: Any, message: object, headers: Mapping[str, str] | None, confirm: bool, timeout: float | None
-    ) -> Receipt | None:
-        if type(subject) is not str:
-            subject, message = address_of(subject, message)
-        seconds = check_timeout(timeout, zero=not confirm)
-        codec, payload = self._encode(subject, message)
-        if confirm:
-            receipt: Receipt = await self._waiting.exchange(
-                lambda notify: self._session.publish(
-                    subject, codec, payload, headers=headers, confirm=True, notify=notify, timeout=seconds or 0.0
-                ),
-                seconds,
-            )
-            return receipt
-        if headers is None:
-            status = self._pack_event(subject, payload, int(codec))
-            if not status:
-                return None
-            if status == PACK_YIELD:
-                await asyncio.sleep(0)
-                return None
-        await self._waiting.push(self._session.publish(subject, codec, payload, headers=headers), seconds)
-        return None
+    @overload
+    async def publish_many(
+        self,
+        subject: str,
+        messages: Iterable[object],
+        *,
+        headers: Mapping[str, str] | None = None,
+        no_echo: bool = False,
+        timeout: float | None = None,
+    ) -> int: ...
+    @overload
+    async def publish_many(
+        self,
+        subject: type[E],
+        messages: Iterable[E],
+        *,
+        headers: Mapping[str, str] | None = None,
+        no_echo: bool = False,
+        timeout: float | None = None,
+    ) -> int: ...
+    async def publish_many(
+        self,
+        subject: Any,
+        messages: Iterable[Any],
+        *,
+        headers: Mapping[str, str] | None = None,
+        no_echo: bool = False,
+        timeout: float | None = None,
+    ) -> int:
+        """Publish messages one after the other, as `publish` does each. Returns how many.
+
+        Args:
+            subject: text, or a class that has a subject (see `evbus.event`).
+            messages: any iterable.
+            headers, no_echo: for each of them, as for `publish`.
+            timeout: seconds to wait for room, each time that the buffer is full; None: as long as the connection lasts.
+
+        Raises:
+            TypeError: `messages` is a single message, or there is no subject.
+            Exception: as `publish`, for the first message that cannot be published, or from `messages` itself. Those
+                before it are published.
+
+        The loop gets its turns as with `publish`. Cancelled, some may have been published.
+        """
+        publishing = Publishing(self._requests, subject, messages, headers, no_echo, timeout)
+        for outgoing in publishing:
+            await self._waiting.carry(outgoing)
+        return publishing.count
 
     async def flush(self, timeout: float | None = None) -> None:
         """Return when the server has taken everything that this client published so far.
@@ -499,13 +673,25 @@ class AsyncEventClient:
             NotConnectedError, ConnectionLostError: no connection, or none any more.
         """
         await self._waiting.outcome(self._session.flush, check_timeout(timeout))
-        error = self._session.reports.take_unreported()
-        if error is not None:
-            raise error
+        self._requests.raise_unreported()
 
+    # Overloads: a query class, which says its response; text and a response; a class with a subject, and a response.
     @overload
     async def query(
-        self, subject: Query[T], *, timeout: float | None = ..., headers: Mapping[str, str] | None = ...
+        self,
+        subject: Query[T],
+        *,
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> T: ...
+    @overload
+    async def query(
+        self,
+        subject: str,
+        message: Query[T],
+        *,
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
     ) -> T: ...
     @overload
     async def query(
@@ -527,6 +713,25 @@ class AsyncEventClient:
         timeout: float | None = ...,
         headers: Mapping[str, str] | None = ...,
     ) -> Any: ...
+    @overload
+    async def query(
+        self,
+        subject: type[E],
+        message: E,
+        response: type[T],
+        *,
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> T: ...
+    @overload
+    async def query(
+        self,
+        subject: object,
+        *,
+        response: type[T],
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> T: ...
     async def query(
         self,
         subject: Any,
@@ -539,9 +744,9 @@ class AsyncEventClient:
         """Ask, and wait for the answer.
 
         Args:
-            message: as for `publish`.
-            response: the type to decode the answer into; `Message` for the answer as it came; None for the value as it
-                was sent, in plain containers.
+            subject, message: as for `publish`.
+            response: the type to decode the answer into; `Message` for the answer as it came; None for what a `Query`
+                class says, and else the value as it was sent, in plain containers.
             timeout: seconds; None: a minute, which is also as long as servers wait at most.
 
         Raises:
@@ -555,29 +760,83 @@ class AsyncEventClient:
 
         Cancelled, the query is taken back at the server.
         """
-        seconds = check_timeout(timeout) or MAX_QUERY_S
-        subject, message = address_of(subject, message)
-        if response is None:
-            response = response_of(message)
-        codec, payload = self._encode(subject, message)
-        decoder = make_decoder(response, self._options.codec) if response is not Message else None
-        answer: Message = await self._waiting.exchange(
-            lambda notify: self._session.query(
-                subject, codec, payload, headers=headers, notify=notify, timeout=seconds
-            ),
-            seconds,
-        )
-        if decoder is None:
-            return answer
-        try:
-            return decoder(answer.codec, answer.data)
-        except CodecError as exc:
-            exc.subject = subject
-            raise
+        return await self._waiting.carry(self._requests.query(subject, message, response, headers, timeout))
 
-    def _encode(self, subject: str, message: object) -> tuple[Codec, bytes]:
-        try:
-            return encode(message, self._options.codec)
-        except CodecError as exc:
-            exc.subject = subject
-            raise
+    # Overloads: as for query.
+    @overload
+    def query_all(
+        self,
+        subject: Query[T],
+        *,
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> AsyncReplies[T]: ...
+    @overload
+    def query_all(
+        self,
+        subject: str,
+        message: Query[T],
+        *,
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> AsyncReplies[T]: ...
+    @overload
+    def query_all(
+        self,
+        subject: str,
+        message: object = ...,
+        response: type[T] = ...,
+        *,
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> AsyncReplies[T]: ...
+    @overload
+    def query_all(
+        self,
+        subject: str,
+        message: object = ...,
+        response: Any = None,
+        *,
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> AsyncReplies[Any]: ...
+    @overload
+    def query_all(
+        self,
+        subject: type[E],
+        message: E,
+        response: type[T],
+        *,
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> AsyncReplies[T]: ...
+    @overload
+    def query_all(
+        self,
+        subject: object,
+        *,
+        response: type[T],
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> AsyncReplies[T]: ...
+    def query_all(
+        self,
+        subject: Any,
+        message: object = OMITTED,
+        response: Any = None,
+        *,
+        timeout: float | None = 3.0,
+        headers: Mapping[str, str] | None = None,
+    ) -> AsyncReplies[Any]:
+        """Ask everybody who answers, and take the replies as they come.
+
+        If the subject has responders (`on_query`) all of them are asked, else all plain subscribers. Those that handle
+        it but have no answer are waited for until the time is up.
+
+        Args and errors: as for `query`; `timeout` is for all of it. Not awaited; the query is asked by the first step
+        of the iteration, which raises what becomes of it. A failure of one responder is a `Reply` with an error.
+
+        Raises:
+            CodecError: nothing was asked.
+        """
+        return AsyncReplies(self._waiting, self._requests.query_all(subject, message, response, headers, timeout))

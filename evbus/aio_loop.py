@@ -26,6 +26,7 @@ from evbus.correlation import Notify, Sending
 from evbus.dial import Server, UnixAddress, no_connection, unix_socket, unknown_host
 from evbus.errors import BufferFullError
 from evbus.reactor import EVENT_READ, EVENT_WRITE, Cancellable, HasFileno
+from evbus.requests import Outgoing
 from evbus.session import Session
 from evbus.transport import TcpTransport, Transport
 
@@ -123,6 +124,16 @@ class AsyncWaiting:
             left = None if seconds is None else begun + seconds - loop.time()
         assert sending.waiter is not None
         return await self._wait(sending.waiter, future, left, seconds)
+
+    async def carry(self, outgoing: Outgoing) -> Any:
+        """Send a message; returns what the user is to get."""
+        if outgoing.make is None:
+            await asyncio.sleep(0)
+            return None
+        if outgoing.finish is None:
+            await self.push(outgoing.make(None), outgoing.seconds)
+            return None
+        return outgoing.finish(await self.exchange(outgoing.make, outgoing.seconds))
 
     async def push(self, sending: Sending, seconds: float | None) -> None:
         """Get a message into the buffer, waiting for room.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
@@ -23,20 +23,22 @@ from evbus._inbox import Waiter
 from evbus._message import Message
 from evbus.correlation import Notify
 from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, Server, check_servers, dial
-from evbus.errors import ClientClosedError, CodecError, EvbusError
-from evbus.events import Answering, Handling, Query, address_of, response_of, subscribed
+from evbus.errors import ClientClosedError, EvbusError
+from evbus.events import Answering, Handling, Query, subscribed
 from evbus.gaps import OnGap
 from evbus.io_thread import IoThread
 from evbus.message import ClientOptions, ClientStats, ConnectStatus, Receipt
 from evbus.options import ClientLimits, Reconnect, SessionOptions, check_reconnect, check_timeout
-from evbus.payload import OMITTED, codec_from_name, encode, make_decoder
+from evbus.payload import OMITTED, codec_from_name
 from evbus.plan import Interest
 from evbus.reactor import Reactor
 from evbus.reports import Reports
+from evbus.requests import Publishing, Requests
 from evbus.routers import EventRouter
-from evbus.session import MAX_QUERY_S, Session
+from evbus.session import Session
 from evbus.signatures import Handler
 from evbus.subscription import Subscription, Wishes
+from evbus.sync_replies import Replies
 from evbus.transport import Transport
 from evbus.waiting import Waiting
 from evbus.wire import Codec
@@ -123,6 +125,7 @@ class EventClient:
         self._session = Session(self._options, SystemClock(), reports, lock=threading.RLock())
         self._session.address = str(places[0])
         self._waiting = Waiting(self._session)
+        self._requests = Requests(self._session)
         self._session.answers.send = lambda sending: self._waiting.push(sending, None)
         self._pack_event = self._session.outbox.pack_event
         self._io = IoThread(self._session, places, self._dial, self._pool, self._make_reactor)
@@ -514,6 +517,7 @@ class EventClient:
         *,
         headers: Mapping[str, str] | None = None,
         confirm: bool = False,
+        no_echo: bool = False,
         timeout: float | None = None,
     ) -> Receipt | None: ...
     @overload
@@ -524,6 +528,7 @@ class EventClient:
         *,
         headers: Mapping[str, str] | None = None,
         confirm: bool = False,
+        no_echo: bool = False,
         timeout: float | None = None,
     ) -> Receipt | None: ...
     @overload
@@ -533,6 +538,7 @@ class EventClient:
         *,
         headers: Mapping[str, str] | None = None,
         confirm: bool = False,
+        no_echo: bool = False,
         timeout: float | None = None,
     ) -> Receipt | None: ...
     def publish(
@@ -542,6 +548,7 @@ class EventClient:
         *,
         headers: Mapping[str, str] | None = None,
         confirm: bool = False,
+        no_echo: bool = False,
         timeout: float | None = None,
     ) -> Receipt | None:
         """Publish a message. It is sent soon, in the order of the calls; `flush` waits until the server has it.
@@ -553,6 +560,7 @@ class EventClient:
             message: bytes and str go as they are; dataclasses, Structs and containers are encoded. Nothing: no payload.
             headers: text to text, 16 KiB at most.
             confirm: wait until the server has queued the message for every matching subscriber, and return its Receipt.
+            no_echo: not for this client's own subscriptions. A version-1 server does not know it.
             timeout: seconds to wait for room in a full buffer, and for the receipt; None: as long as the connection
                 lasts. 0 without `confirm` never waits.
 
@@ -560,7 +568,8 @@ class EventClient:
             NotConnectedError, ClientClosedError, InvalidSubjectError, CodecError, PayloadTooLargeError,
             BufferFullError:
                 nothing was published.
-            PermissionDeniedError, RefusedError: the server refused it (only with `confirm`; else see `flush`).
+            PermissionDeniedError, RefusedError: the server refused it (only with `confirm`, else see `flush`), or is of
+                version 1 and does not know `no_echo`.
             ConfirmTimeoutError, ConnectionLostError: the outcome is unknown (only with `confirm`).
         """
         # The short way, for what is published by the million.
@@ -568,30 +577,60 @@ class EventClient:
             type(message) is bytes
             and headers is None
             and not confirm
+            and not no_echo
             and not self._pack_event(subject, message, _BYTES)
         ):
             return None
-        return self._publish(subject, message, headers, confirm, timeout)
-
-    def _publish(
-        self, subject: Any, message: object, headers: Mapping[str, str] | None, confirm: bool, timeout: float | None
-    ) -> Receipt | None:
-        if type(subject) is not str:
-            subject, message = address_of(subject, message)
-        seconds = check_timeout(timeout, zero=not confirm)
-        codec, payload = self._encode(subject, message)
-        if headers is None and not confirm and not self._pack_event(subject, payload, int(codec)):
-            return None
-        if not confirm:
-            self._waiting.push(self._session.publish(subject, codec, payload, headers=headers), seconds)
-            return None
-        receipt: Receipt = self._waiting.exchange(
-            lambda notify: self._session.publish(
-                subject, codec, payload, headers=headers, confirm=True, notify=notify, timeout=seconds or 0.0
-            ),
-            seconds,
-        )
+        outgoing = self._requests.publish(subject, message, headers, confirm, no_echo, timeout)
+        receipt: Receipt | None = self._waiting.carry(outgoing) if outgoing is not None else None
         return receipt
+
+    @overload
+    def publish_many(
+        self,
+        subject: str,
+        messages: Iterable[object],
+        *,
+        headers: Mapping[str, str] | None = None,
+        no_echo: bool = False,
+        timeout: float | None = None,
+    ) -> int: ...
+    @overload
+    def publish_many(
+        self,
+        subject: type[E],
+        messages: Iterable[E],
+        *,
+        headers: Mapping[str, str] | None = None,
+        no_echo: bool = False,
+        timeout: float | None = None,
+    ) -> int: ...
+    def publish_many(
+        self,
+        subject: Any,
+        messages: Iterable[Any],
+        *,
+        headers: Mapping[str, str] | None = None,
+        no_echo: bool = False,
+        timeout: float | None = None,
+    ) -> int:
+        """Publish messages one after the other, as `publish` does each. Returns how many.
+
+        Args:
+            subject: text, or a class that has a subject (see `evbus.event`).
+            messages: any iterable.
+            headers, no_echo: for each of them, as for `publish`.
+            timeout: seconds to wait for room, each time that the buffer is full; None: as long as the connection lasts.
+
+        Raises:
+            TypeError: `messages` is a single message, or there is no subject.
+            Exception: as `publish`, for the first message that cannot be published, or from `messages` itself. Those
+                before it are published.
+        """
+        publishing = Publishing(self._requests, subject, messages, headers, no_echo, timeout)
+        for outgoing in publishing:
+            self._waiting.carry(outgoing)
+        return publishing.count
 
     def flush(self, timeout: float | None = None) -> None:
         """Return when the server has taken everything that this client published so far.
@@ -603,9 +642,7 @@ class EventClient:
             NotConnectedError, ConnectionLostError: no connection, or none any more.
         """
         self._waiting.outcome(self._session.flush, check_timeout(timeout))
-        error = self._session.reports.take_unreported()
-        if error is not None:
-            raise error
+        self._requests.raise_unreported()
 
     # Overloads: a query class, which says its response; text and a response; a class with a subject, and a response.
     @overload
@@ -690,32 +727,87 @@ class EventClient:
             CodecError: the answer does not fit `response`.
             NotConnectedError, InvalidSubjectError, PayloadTooLargeError, BufferFullError: nothing was asked.
         """
-        seconds = check_timeout(timeout) or MAX_QUERY_S
-        subject, message = address_of(subject, message)
-        if response is None:
-            response = response_of(message)
-        codec, payload = self._encode(subject, message)
-        decoder = make_decoder(response, self._options.codec) if response is not Message else None
-        answer: Message = self._waiting.exchange(
-            lambda notify: self._session.query(
-                subject, codec, payload, headers=headers, notify=notify, timeout=seconds
-            ),
-            seconds,
-        )
-        if decoder is None:
-            return answer
-        try:
-            return decoder(answer.codec, answer.data)
-        except CodecError as exc:
-            exc.subject = subject
-            raise
+        return self._waiting.carry(self._requests.query(subject, message, response, headers, timeout))
 
-    def _encode(self, subject: str, message: object) -> tuple[Codec, bytes]:
-        try:
-            return encode(message, self._options.codec)
-        except CodecError as exc:
-            exc.subject = subject
-            raise
+    # Overloads: as for query.
+    @overload
+    def query_all(
+        self,
+        subject: Query[T],
+        *,
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> Replies[T]: ...
+    @overload
+    def query_all(
+        self,
+        subject: str,
+        message: Query[T],
+        *,
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> Replies[T]: ...
+    @overload
+    def query_all(
+        self,
+        subject: str,
+        message: object = ...,
+        response: type[T] = ...,
+        *,
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> Replies[T]: ...
+    @overload
+    def query_all(
+        self,
+        subject: str,
+        message: object = ...,
+        response: Any = None,
+        *,
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> Replies[Any]: ...
+    @overload
+    def query_all(
+        self,
+        subject: type[E],
+        message: E,
+        response: type[T],
+        *,
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> Replies[T]: ...
+    @overload
+    def query_all(
+        self,
+        subject: object,
+        *,
+        response: type[T],
+        timeout: float | None = ...,
+        headers: Mapping[str, str] | None = ...,
+    ) -> Replies[T]: ...
+    def query_all(
+        self,
+        subject: Any,
+        message: object = OMITTED,
+        response: Any = None,
+        *,
+        timeout: float | None = 3.0,
+        headers: Mapping[str, str] | None = None,
+    ) -> Replies[Any]:
+        """Ask everybody who answers, and take the replies as they come.
+
+        If the subject has responders (`on_query`) all of them are asked, else all plain subscribers. Those that handle
+        it but have no answer are waited for until the time is up.
+
+        Args and errors: as for `query`; `timeout` is for all of it. The query is asked by the call itself; what becomes
+        of it is raised by the iteration. A failure of one responder is a `Reply` with an error.
+
+        Raises:
+            NotConnectedError, InvalidSubjectError, CodecError, PayloadTooLargeError, BufferFullError, RefusedError:
+                nothing was asked. RefusedError: a version-1 server does not know it.
+        """
+        return Replies(self._waiting, self._requests.query_all(subject, message, response, headers, timeout))
 
 
 def connect(

@@ -111,12 +111,17 @@ class Control:
         if waiter is not None:
             waiter.resolve(Receipt(receivers, dropped))
 
-    def _on_query_end(self, _system_id: int, task_id: bytes, reason: int, _replies: int) -> None:
+    def _on_query_end(self, system_id: int, task_id: bytes, reason: int, _replies: int) -> None:
+        if system_id:  # the end of one responder, not of the query
+            waiter = self._inbox.find_waiter(task_id)
+            if waiter is not None and waiter.many:
+                waiter.push(ResponderLostError(waiter.subject, system_id))
+            return
         waiter = self._inbox.pop_waiter(task_id)
         if waiter is None:
             return
-        if reason == EndReason.COMPLETE:
-            waiter.resolve(None)
+        if reason == EndReason.COMPLETE or (waiter.many and reason == EndReason.RESPONDER_LOST):
+            waiter.resolve(None)  # of many, each one that was lost has been told
         elif reason == EndReason.DEADLINE:
             waiter.fail(QueryTimeoutError(waiter.subject, waiter.timeout))
         else:

@@ -293,7 +293,16 @@ class NoRespondersError(QueryError, LookupError):
 
 
 class ResponderLostError(QueryError, ConnectionError):
-    """Everybody who was asked has gone without an answer. They may have acted before."""
+    """Everybody who was asked has gone without an answer; of a `query_all`, this one has. They may have acted before.
+
+    Attributes:
+        subject: what was asked, or empty.
+        sender: connection id of the responder; 0 if it is not about a single one.
+    """
+
+    def __init__(self, subject: str, sender: int = 0) -> None:
+        super().__init__(subject)
+        self.sender = sender
 
     def __str__(self) -> str:
         return (

@@ -31,7 +31,7 @@ import functools
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar, overload
 
 from evbus._frame import check_subject, has_wildcard
@@ -42,6 +42,7 @@ from evbus.signatures import Handler, wanted_type
 
 __all__ = [
     "Answering",
+    "AsyncAnswering",
     "Handling",
     "Query",
     "address_of",
@@ -264,6 +265,22 @@ class Answering(Generic[E_co]):
 
     @overload
     def __call__(self: Answering[Query[R]], handler: Callable[[E_co], R], /) -> Callable[[E_co], R]: ...
+    @overload
+    def __call__(self, handler: Callable[[Message], R], /) -> Callable[[Message], R]: ...
+    def __call__(self, handler: Any, /) -> Any:
+        """Return the handler as it is."""
+        raise NotImplementedError  # as above
+
+
+class AsyncAnswering(Generic[E_co]):
+    """As Answering, where handlers may be coroutine functions too."""
+
+    @overload
+    def __call__(
+        self: AsyncAnswering[Query[R]], handler: Callable[[E_co], Coroutine[Any, Any, R]], /
+    ) -> Callable[[E_co], Coroutine[Any, Any, R]]: ...
+    @overload
+    def __call__(self: AsyncAnswering[Query[R]], handler: Callable[[E_co], R], /) -> Callable[[E_co], R]: ...
     @overload
     def __call__(self, handler: Callable[[Message], R], /) -> Callable[[Message], R]: ...
     def __call__(self, handler: Any, /) -> Any:

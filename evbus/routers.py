@@ -8,7 +8,7 @@ from typing import Any, TypeVar, overload
 
 from evbus._frame import check_subject
 from evbus.errors import ConfigError
-from evbus.events import Answering, Handling, Query, subject_of
+from evbus.events import AsyncAnswering, Handling, Query, subject_of
 from evbus.gaps import OnGap
 from evbus.signatures import Handler
 from evbus.subscription import Wishes
@@ -127,7 +127,7 @@ class EventRouter:
     @overload
     def on_query(  # type: ignore[overload-overlap]  # a query class is a class with a subject, and more is known of it
         self, subject: type[Q], *, group: str | None = None, concurrency: int = 1
-    ) -> Answering[Q]: ...
+    ) -> AsyncAnswering[Q]: ...
     @overload
     def on_query(self, subject: type[E], *, group: str | None = None, concurrency: int = 1) -> Handling[E]: ...
     @overload

@@ -31,6 +31,7 @@ from evbus.errors import (
     NotConnectedError,
     NotEventServerError,
     PayloadTooLargeError,
+    RefusedError,
 )
 from evbus.handshake import HANDSHAKE_PACKET_BYTES, ServerFacts, handshake_packet, read_answer
 from evbus.message import ClientStats, ConnectStatus
@@ -38,7 +39,7 @@ from evbus.options import SessionOptions
 from evbus.plan import Interest, Plan
 from evbus.registrar import Registrar
 from evbus.reports import Reports, one_line
-from evbus.wire import HEADER_BYTES_23, Codec, Dialect, Flag, ObjectId
+from evbus.wire import HEADER_BYTES_23, Codec, Dialect, ErrorCode, Flag, ObjectId
 
 __all__ = ["MAX_QUERY_S", "Session"]
 
@@ -425,14 +426,20 @@ class Session:
         *,
         headers: Mapping[str, str] | None = None,
         confirm: bool = False,
+        no_echo: bool = False,
         notify: Notify | None = None,
         timeout: float = 0.0,
     ) -> Sending:
         """A publish, to be packed. If the running handler is at a query on that subject, it is the query's answer.
 
         With `confirm` its waiter's outcome is a Receipt.
+
+        Raises:
+            RefusedError: the server does not know `no_echo`.
         """
         key = self.outbox.key(subject)
+        if no_echo:
+            self._needs_version_2(subject, "publishes without an echo")
         waiter = self.correlation.waiter("publish", subject, notify, timeout=timeout) if confirm else None
         if self.outbox.is_answering:
             query = current_query.get()
@@ -447,7 +454,7 @@ class Session:
             waiter,
             codec=int(codec),
             headers=encode_headers(headers),
-            flags=int(Flag.CONFIRM) if confirm else 0,
+            flags=(int(Flag.CONFIRM) if confirm else 0) | (int(Flag.NO_ECHO) if no_echo else 0),
             task_id=waiter.task_id if waiter is not None else b"",
             urgent=confirm,
         )
@@ -467,8 +474,13 @@ class Session:
 
         With `many` every responder is asked, each reply is pushed (a Message, or the exception of one that failed), and
         the outcome says only that there will be no more.
+
+        Raises:
+            RefusedError: the server does not know queries to many.
         """
         key = self.outbox.key(subject)
+        if many:
+            self._needs_version_2(subject, "queries to all responders")
         waiter = self.correlation.waiter("query", subject, notify, many=many, timeout=timeout)
         return Sending(
             self.correlation,
@@ -485,6 +497,10 @@ class Session:
             task_id=waiter.task_id,
             urgent=True,
         )
+
+    def _needs_version_2(self, subject: str, what: str) -> None:
+        if self.outbox.is_open and not self.inbox.is_announced:
+            raise RefusedError(ErrorCode.UNSUPPORTED, subject, f"a version-1 server knows no {what}")
 
     def flush(self, notify: Notify | None = None) -> Waiter:
         """A heartbeat whose echo says that the server has taken all that was published before. Next, look at

@@ -13,6 +13,7 @@ from typing import Any
 from evbus._inbox import Waiter
 from evbus.correlation import Notify, Sending
 from evbus.errors import BufferFullError, EvbusError
+from evbus.requests import Outgoing
 from evbus.session import Session
 
 __all__ = ["Waiting"]
@@ -53,6 +54,15 @@ class Waiting:
         assert sending.waiter is not None
         left = None if seconds is None else begun + seconds - time.monotonic()
         return self._wait(sending.waiter, done, left, seconds)
+
+    def carry(self, outgoing: Outgoing) -> Any:
+        """Send a message; returns what the user is to get."""
+        if outgoing.make is None:
+            return None
+        if outgoing.finish is None:
+            self.push(outgoing.make(None), outgoing.seconds)
+            return None
+        return outgoing.finish(self.exchange(outgoing.make, outgoing.seconds))
 
     def push(self, sending: Sending, seconds: float | None) -> None:
         """Get a message into the buffer, waiting for room.

@@ -193,6 +193,10 @@ class ReferenceBroker:
                 del self.queries[query.id]
             elif conn.id in query.waiting:
                 query.waiting.remove(conn.id)
+                if query.all:
+                    fields = {"TaskId": query.task_id, "Reason": LOST, "Replies": query.replies}
+                    asker = self.conns[query.asker]
+                    self._send(asker, QUERY_END, fields, system_id=conn.id, unordered=self._burst + 1)
                 if not query.waiting:
                     self._end(query, LOST)
 

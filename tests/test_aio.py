@@ -869,12 +869,12 @@ def test_the_same_names_as_the_synchronous_client() -> None:
         assert [(p.name, p.kind, p.default) for p in inspect.signature(ours).parameters.values()] == [
             (p.name, p.kind, p.default) for p in inspect.signature(theirs).parameters.values()
         ], name
-        assert inspect.iscoroutinefunction(ours) == (name not in ("on", "on_query", "stats")), name
+        assert inspect.iscoroutinefunction(ours) == (name not in ("on", "on_query", "query_all", "stats")), name
     assert list(inspect.signature(AsyncEventClient).parameters) == list(inspect.signature(EventClient).parameters)
 
 
 def test_the_shell_names_no_part_of_the_protocol() -> None:
-    for name in ("aio", "aio_loop", "aio_handlers", "aio_subscription"):
+    for name in ("aio", "aio_loop", "aio_handlers", "aio_replies", "aio_subscription"):
         source = inspect.getsource(importlib.import_module(f"evbus.{name}"))
         for word in ("TaskId", "task_id", "ObjectId", "object_id", "back-off", "backoff"):
             assert word not in source, (name, word)

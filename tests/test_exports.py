@@ -15,6 +15,7 @@ import evbus
 
 PUBLIC = [
     "AsyncEventClient",
+    "AsyncReplies",
     "AsyncSubscription",
     "AuthError",
     "BufferFullError",
@@ -49,6 +50,8 @@ PUBLIC = [
     "Reconnect",
     "RefusedError",
     "RemoteError",
+    "Replies",
+    "Reply",
     "ResponderLostError",
     "ServerStartError",
     "SlowConsumerError",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import reference as ref
-from helpers_bus import Bus, Client
+from helpers_bus import Bus, Client, brief
 
 from evbus.wire import ErrorCode
 
@@ -175,10 +175,10 @@ def test_a_query_of_version_1_ends_in_silence_at_its_deadline() -> None:
     [
         ("ok ok", [(5, "n", 16, 0), (5, "n", 16, 0), (1005, "n", ref.COMPLETE, 2)]),
         ("bad bad", [(1000, "n", 7), (1000, "n", 7), (1005, "n", ref.COMPLETE, 2)]),
-        ("gone ok", [(5, "n", 16, 0), (1005, "n", ref.LOST, 1)]),
-        ("gone bad", [(1000, "n", 7), (1005, "n", ref.LOST, 1)]),
-        ("ok gone", [(5, "n", 16, 0), (1005, "n", ref.LOST, 1)]),
-        ("gone gone", [(1005, "n", ref.LOST, 0)]),
+        ("gone ok", [(1005, "n", ref.LOST, 0), (5, "n", 16, 0), (1005, "n", ref.LOST, 1)]),
+        ("gone bad", [(1005, "n", ref.LOST, 0), (1000, "n", 7), (1005, "n", ref.LOST, 1)]),
+        ("ok gone", [(5, "n", 16, 0), (1005, "n", ref.LOST, 1), (1005, "n", ref.LOST, 1)]),
+        ("gone gone", [(1005, "n", ref.LOST, 0)] * 3),
         ("ok late", [(5, "n", 16, 0), (1005, "n", ref.DEADLINE, 1)]),
     ],
 )
@@ -199,7 +199,11 @@ def test_query_to_all(replies: str, told: list[tuple[Any, ...]]) -> None:
         elif reply == "gone":
             client.close()
     bus.wait(2.5)
-    assert asker.brief() == told
+    packets = asker.take()
+    assert [brief(packet) for packet in packets] == told
+    # Who replied, or was lost; the end itself is the server's word.
+    senders = [client.id for client, reply in zip(responders, replies.split(), strict=True) if reply != "late"]
+    assert [packet.system_id for packet in packets] == [*senders, 0]
     assert bus.router.queries.count == 0
 
 

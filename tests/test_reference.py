@@ -607,8 +607,8 @@ def test_nobody_to_ask() -> None:
     [
         ("ok ok", [(5, "q", 16, 0), (5, "q", 16, 0), (1005, "q", ref.COMPLETE, 2)]),
         ("ok bad", [(5, "q", 16, 0), (1000, "q", 7), (1005, "q", ref.COMPLETE, 2)]),
-        ("gone ok", [(5, "q", 16, 0), (1005, "q", ref.LOST, 1)]),
-        ("gone gone", [(1005, "q", ref.LOST, 0)]),
+        ("gone ok", [(1005, "q", ref.LOST, 0), (5, "q", 16, 0), (1005, "q", ref.LOST, 1)]),
+        ("gone gone", [(1005, "q", ref.LOST, 0)] * 3),
         ("ok late", [(5, "q", 16, 0), (1005, "q", ref.DEADLINE, 1)]),
     ],
 )

@@ -545,6 +545,36 @@ class TestRequests:
         assert waiter.done
         assert waiter.result() is None
 
+    def test_query_all_is_told_of_each_responder_that_is_lost(self) -> None:
+        script = Script()
+        script.connect()
+        waiter = waiter_of(script.session.query("q", wire.Codec.BYTES, b"", many=True))
+        end = wire.EndReason.RESPONDER_LOST
+        script.hear(pack(23, 1005, 1, 9, 0, "sBi", waiter.task_id, end, 0))
+        (lost,) = waiter.take_replies()
+        assert isinstance(lost, ResponderLostError)
+        assert (lost.subject, lost.sender, waiter.done) == ("q", 9, False)
+        script.hear(pack(23, 1005, 1, 0, 0, "sBi", waiter.task_id, end, 0))
+        assert waiter.result() is None
+        script.hear(pack(23, 1005, 1, 9, 0, "sBi", waiter.task_id, end, 0))  # nobody waits any more
+        assert waiter.take_replies() == []
+
+    def test_what_a_version_1_server_does_not_know(self) -> None:
+        script = Script()
+        script.connect(wire.Dialect.H23_199)
+        with pytest.raises(RefusedError, match="version-1"):
+            script.session.query("q", wire.Codec.BYTES, b"", many=True)
+        with pytest.raises(RefusedError, match="version-1"):
+            script.session.publish("s", wire.Codec.BYTES, b"", no_echo=True)
+        assert script.said() == []
+
+    def test_a_publish_without_an_echo(self) -> None:
+        script = Script()
+        script.connect()
+        assert script.session.publish("s", wire.Codec.BYTES, b"", no_echo=True).pack()
+        ((*_, body),) = script.said()
+        assert body[0] == wire.Flag.NO_ECHO
+
     def test_a_confirmed_publish_gets_a_receipt(self) -> None:
         script = Script()
         script.connect()

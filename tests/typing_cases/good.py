@@ -7,7 +7,7 @@ import msgspec
 from typing_extensions import assert_type
 
 import evbus
-from evbus import EventClient, EventRouter, Message, Receipt
+from evbus import AsyncEventClient, EventClient, EventRouter, Message, Receipt, Reply
 
 
 @evbus.event("email.new")
@@ -49,6 +49,15 @@ def use(bus: EventClient, router: EventRouter) -> None:
     assert_type(bus.query("email.find", response=EmailList), EmailList)
     assert_type(bus.query(NewEmail("Lunch"), response=int), int)
     assert_type(bus.query(Seen, {"title": "Lunch"}, int), int)
+
+    assert_type(bus.publish_many(NewEmail, [NewEmail("Lunch")]), int)
+    bus.publish_many("email.new", (b"", {"title": "Lunch"}), no_echo=True)
+    for reply in bus.query_all(EmailQuery("Lunch")):
+        assert_type(reply, Reply[EmailList])
+        assert_type(reply.value, EmailList)
+    with bus.query_all("email.find", {"word": "Lunch"}, EmailList) as replies:
+        assert_type(next(replies).value, EmailList)
+    assert_type(next(bus.query_all("email.other", EmailCount("Lunch"))).value, int)
 
     @bus.on(NewEmail, group="workers")
     def store(email: NewEmail) -> int:
@@ -111,3 +120,51 @@ def use(bus: EventClient, router: EventRouter) -> None:
 
     router.include(EventRouter("shop"))
     bus.include(router)
+
+
+async def use_async(bus: AsyncEventClient, router: EventRouter) -> None:
+    assert_type(await bus.publish(NewEmail("Lunch")), Receipt | None)
+    await bus.publish(NewEmail("Lunch"), confirm=True, headers={"by": "hand"})
+    await bus.publish(Seen, {"title": "Lunch"}, no_echo=True)
+    assert_type(await bus.publish_many(NewEmail, [NewEmail("Lunch")]), int)
+
+    assert_type(await bus.query(EmailQuery("Lunch")), EmailList)
+    assert_type(await bus.query(EmailCount("Lunch"), timeout=1), int)
+    assert_type(await bus.query("email.other", EmailQuery("Lunch")), EmailList)
+    assert_type(await bus.query("email.find", {"word": "Lunch"}, EmailList), EmailList)
+    assert_type(await bus.query(NewEmail("Lunch"), response=int), int)
+    async for reply in bus.query_all(EmailQuery("Lunch")):
+        assert_type(reply, Reply[EmailList])
+        assert_type(reply.value, EmailList)
+
+    @bus.on(NewEmail, group="workers")
+    async def store(email: NewEmail) -> int:
+        return len(email.title)
+
+    assert_type(await store(NewEmail("Lunch")), int)
+
+    @bus.on(NewEmail)
+    def audit(message: Message) -> None:
+        print(message.headers)
+
+    @bus.on_query(EmailQuery)
+    async def find(query: EmailQuery) -> EmailList:
+        return EmailList([NewEmail(query.word)])
+
+    assert_type(await find(EmailQuery("Lunch")), EmailList)
+
+    @bus.on_query(EmailCount)
+    def count(query: EmailCount) -> int:
+        return len(query.word)
+
+    assert_type(count(EmailCount("Lunch")), int)
+
+    @router.on_query(EmailCount)
+    async def routed_count(query: EmailCount) -> int:
+        return len(query.word)
+
+    await bus.subscribe(NewEmail, store)
+    await bus.subscribe(NewEmail, lambda email: print(email.title))
+    assert_type(await (await bus.subscribe(NewEmail)).next(), Message)
+    await bus.unsubscribe(NewEmail, store)
+    await bus.include(router)
