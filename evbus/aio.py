@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -24,7 +24,7 @@ from evbus.aio_loop import AsyncWaiting, Callbacks, LoopReactor, Tasks, dial_tcp
 from evbus.aio_subscription import AsyncSubscription
 from evbus.client_core import ClientCore
 from evbus.correlation import Notify
-from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, check_address
+from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, Address, check_address
 from evbus.errors import ClientClosedError, CodecError, EvbusError
 from evbus.events import Query, address_of, response_of, subscribed
 from evbus.message import ClientStats, ConnectStatus, Receipt
@@ -36,6 +36,7 @@ from evbus.routers import EventRouter
 from evbus.session import MAX_QUERY_S, Session
 from evbus.signatures import Handler
 from evbus.subscription import Wishes
+from evbus.transport import Transport
 from evbus.wire import Codec
 
 __all__ = ["AsyncEventClient"]
@@ -79,6 +80,10 @@ class AsyncEventClient:
     them.
     """
 
+    # The network: what the testing kit puts its memory in the place of.
+    _dial: Callable[[Address, float], Awaitable[Transport]] = staticmethod(dial_tcp_async)
+    _make_reactor: Callable[[asyncio.AbstractEventLoop], LoopReactor] = LoopReactor
+
     def __init__(
         self,
         host: str = DEFAULT_HOST,
@@ -110,6 +115,7 @@ class AsyncEventClient:
         self._session.answers.send = self._waiting.push_now
         self._pack_event = self._session.outbox.pack_event
         self._core: ClientCore | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # the one that it connects on
         self._life = asyncio.Lock()  # connect and disconnect, one at a time
         self._subscriptions: dict[Interest, AsyncSubscription] = {}
 
@@ -134,12 +140,12 @@ class AsyncEventClient:
                 raise ClientClosedError("connect")
             if self._session.is_connected:
                 return self
-            loop = asyncio.get_running_loop()
+            loop = self._loop = asyncio.get_running_loop()
             deadline = loop.time() + seconds
             self._session.set_status(ConnectStatus.CONNECTING)
-            core = ClientCore(LoopReactor(loop), self._session)
+            core = ClientCore(self._make_reactor(loop), self._session)
             try:
-                transport = await dial_tcp_async(self._where, seconds)
+                transport = await self._dial(self._where, seconds)
                 connected = loop.create_future()
                 # The session keeps the deadline.
                 left = max(deadline - loop.time(), 0.01)
