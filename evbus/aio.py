@@ -128,6 +128,7 @@ class AsyncEventClient:
         self._pack_event = self._session.outbox.pack_event
         self._dialler = AsyncDialler(self._dial)
         self._connector: Connector[Server] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # the one that it connects on
         self._life = asyncio.Lock()  # connect and disconnect, one at a time
         self._subscriptions: dict[Interest, AsyncSubscription] = {}
 
@@ -156,7 +157,8 @@ class AsyncEventClient:
             seeking = self._session.is_reconnecting
             connector = self._connector
             if connector is None:
-                reactor = self._make_reactor(asyncio.get_running_loop())
+                self._loop = asyncio.get_running_loop()
+                reactor = self._make_reactor(self._loop)
                 connector = self._connector = Connector(reactor, self._session, self._servers, self._dialler)
             try:
                 # The connector keeps the deadline of a first connection.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -516,3 +517,94 @@ def test_pytest_is_imported_by_the_fixtures_alone(tmp_path: Path) -> None:
         loaded = json.loads(program.finish().out)
     assert "evbus.testing" in loaded
     assert "pytest" not in loaded
+
+
+# --- clients for asyncio ----------------------------------------------------------------------------------------------
+
+
+def test_clients_for_asyncio(bus: Bus) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        begun, release = asyncio.Event(), asyncio.Event()
+        done: list[int] = []
+        async with bus.async_client(name="worker") as worker, bus.async_client() as other:
+
+            async def work(number: int) -> None:
+                begun.set()
+                await release.wait()
+                done.append(number)
+
+            await worker.subscribe("work", work)
+            worker.on_query("twice")(lambda message: 2 * message.decode(int))
+            await worker.flush()
+            assert await other.query("twice", 21) == 42
+            await other.publish("work", 1)
+            await begun.wait()
+            with pytest.raises(AssertionError, match="a handler on 'work' of client 'worker' is at work"):
+                await asyncio.to_thread(bus.wait_idle, 0.05)
+            waiting = asyncio.create_task(asyncio.to_thread(bus.wait_idle, PATIENCE_S))
+            loop.call_soon(release.set)
+            await waiting
+            assert done == [1]
+            assert [message.subject for message in await asyncio.to_thread(bus.published)] == ["work"]
+            with pytest.raises(RuntimeError, match="to_thread"):
+                bus.wait_idle()
+
+    asyncio.run(main())
+    bus.wait_idle(PATIENCE_S)
+
+
+def test_both_kinds_of_clients_meet(bus: Bus) -> None:
+    got: queue.SimpleQueue[int] = queue.SimpleQueue()
+    bus.client().subscribe("n", got.put, type=int)
+
+    async def main() -> None:
+        async with bus.async_client() as client:
+            for number in range(2000):
+                await client.publish("n", number)
+            await client.publish("n", b"x" * 700_000)  # more than a flow holds
+
+    asyncio.run(main())
+    assert [got.get(timeout=PATIENCE_S) for _ in range(2000)] == list(range(2000))
+
+
+def test_faults_hit_clients_for_asyncio(bus: Bus) -> None:
+    async def main() -> None:
+        lost = asyncio.Event()
+        async with bus.async_client(on_error=lambda error, _: lost.set()) as client:
+            bus.delay(0.05)
+            assert await client.rtt(PATIENCE_S) >= 0.1
+            bus.delay(0.0)
+            bus.pause()
+            asking = asyncio.create_task(client.rtt(PATIENCE_S))
+            await asyncio.sleep(0)
+            bus.resume()
+            await asking
+            assert bus.drop_connections() == 1
+            await asyncio.wait_for(lost.wait(), PATIENCE_S)
+
+    asyncio.run(main())
+
+
+def test_a_bus_in_memory_may_end_before_its_asyncio_clients() -> None:
+    async def main() -> None:
+        statuses: asyncio.Queue[ConnectStatus] = asyncio.Queue()
+        with MemoryBus() as bus:
+            client = await bus.async_client(on_status=statuses.put_nowait).connect()
+        while await asyncio.wait_for(statuses.get(), PATIENCE_S) is not ConnectStatus.DISCONNECTED:
+            pass
+        with pytest.raises(evbus.ConnectError):
+            await client.connect()
+        await client.disconnect()
+
+    asyncio.run(main())
+
+
+def test_a_loop_that_ended_first() -> None:
+    with MemoryBus() as bus:
+        loop = asyncio.new_event_loop()
+        client = bus.async_client()
+        loop.run_until_complete(client.connect())
+        loop.close()
+        bus.client().publish("a", b"1")
+        bus.wait_idle(PATIENCE_S)

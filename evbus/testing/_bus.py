@@ -6,8 +6,9 @@ import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
+from evbus.aio import AsyncEventClient
 from evbus.client import EventClient
 from evbus.dial import Address
 from evbus.errors import ConfirmTimeoutError, EvbusError
@@ -18,8 +19,11 @@ from evbus.testing._faults import Faults
 from evbus.testing._memory import MemoryServer
 from evbus.testing._proxy import Proxy
 from evbus.testing._record import Record
+from evbus.testing._seen import Seen, SeenSync, seen
 
 __all__ = ["Bus", "MemoryBus", "ServerBus"]
+
+C = TypeVar("C", EventClient, AsyncEventClient)
 
 #: Seconds that a handler which still runs gets at the end of a bus.
 _PATIENCE_S = 5.0
@@ -32,15 +36,15 @@ _QUIET_S = 0.05
 class Bus(ABC):
     """What `ServerBus` and `MemoryBus` have in common. Both are context managers.
 
-    Every method may be called from any thread. All of them block; in asyncio code, call those that wait
-    (`expect`, `wait_idle`, `close`) by `asyncio.to_thread`.
+    Every method may be called from any thread. Nearly all of them block; in asyncio code, call those that wait
+    (`expect`, `published`, `wait_idle`, `close`) by `asyncio.to_thread`.
     """
 
     def __init__(self, record: Record, faults: Faults) -> None:
         self._record = record
         self._faults = faults
-        self._clients: list[EventClient] = []
-        self._watched: list[EventClient] = []
+        self._clients: list[SeenSync] = []
+        self._watched: list[Seen] = []
 
     # ---- clients -----------------------------------------------------------------------------------------------------
 
@@ -51,17 +55,32 @@ class Bus(ABC):
             options: as for `EventClient`, without host and port.
         """
         client = self._new_client(options)
-        self._clients.append(client)
+        self._clients.append(SeenSync(client))
         return client.connect()
 
-    def watch(self, client: EventClient) -> EventClient:
+    def async_client(self, **options: Any) -> AsyncEventClient:
+        """A new client for asyncio, not connected yet: `async with bus.async_client() as client`.
+
+        It belongs to the loop that it connects on, so it is that code's to disconnect. What it leaves open, `close`
+        cuts off.
+
+        Args:
+            options: as for `AsyncEventClient`, without host and port.
+        """
+        return self.watch(self._new_async_client(options))
+
+    def watch(self, client: C) -> C:
         """Let `wait_idle` wait for a client that the test has made itself, too. Returns it."""
-        self._watched.append(client)
+        self._watched.append(seen(client))
         return client
 
     @abstractmethod
     def _new_client(self, options: dict[str, Any]) -> EventClient:
         """A client that is not connected yet."""
+
+    @abstractmethod
+    def _new_async_client(self, options: dict[str, Any]) -> AsyncEventClient:
+        """A client for asyncio that is not connected yet."""
 
     @abstractmethod
     def stats(self) -> dict[str, object]:
@@ -106,9 +125,8 @@ class Bus(ABC):
         """Wait until nothing goes on: all that was published is delivered, every handler has finished, no query is
         open, and nothing that a handler did has begun anything new.
 
-        Of clients that are neither made by `client` nor given to `watch`, only the connection is seen: they count as
-        idle when nothing passed for 50 ms. Messages that wait for a `for` loop over a subscription, or its `next`, do
-        not count.
+        Of clients that this bus neither made nor watches, only the connection is seen: they count as idle when nothing
+        passed for 50 ms. Messages that wait for a `for` loop over a subscription, or its `next`, do not count.
 
         Raises:
             AssertionError: not in time; says what still goes on.
@@ -131,7 +149,7 @@ class Bus(ABC):
                 raise AssertionError(f"the bus is not idle within {timeout:g} s: {known or busy}{paused}")
             time.sleep(_LOOK_S)
 
-    def _known(self) -> list[EventClient]:
+    def _known(self) -> list[Seen]:
         return [*self._clients, *self._watched]
 
     def _marks(self) -> list[object]:
@@ -151,15 +169,15 @@ class Bus(ABC):
             for client in self._known():
                 status = client.status
                 if status in (ConnectStatus.CONNECTING, ConnectStatus.RECONNECTING, ConnectStatus.DRAINING):
-                    return f"{_name(client)} is {status.value}"
+                    return f"{client.name} is {status.value}"
                 if status is not ConnectStatus.CONNECTED:
                     continue
                 try:
                     client.rtt(max(deadline - time.monotonic(), 0.001))
                 except ConfirmTimeoutError:
-                    return f"the server has not answered {_name(client)}"
+                    return f"the server has not answered {client.name}"
                 except EvbusError:
-                    return f"{_name(client)} has just lost its connection"
+                    return f"{client.name} has just lost its connection"
         return None
 
     def _at_work(self) -> str | None:
@@ -176,19 +194,9 @@ class Bus(ABC):
         if pending:
             return f"{pending} queries wait for an answer"
         for client in self._known():
-            figures = client.stats()
-            if figures.pending_queries or figures.pending_bytes:
-                return (
-                    f"{_name(client)} waits for the server: {figures.pending_queries} queries or confirmations, "
-                    f"{figures.pending_bytes} bytes to send"
-                )
-            for subscription in list(client._subscriptions.values()):
-                if subscription.handler is not None and not subscription.interest.mailbox.is_idle:
-                    waiting = subscription.pending_msgs
-                    more = f", {waiting} messages wait for it" if waiting else ""
-                    return f"a handler on {subscription.subject!r} of {_name(client)} is at work{more}"
-            if client._pool.busy:
-                return f"a handler or callback of {_name(client)} is at work"
+            busy = client.at_work()
+            if busy:
+                return busy
         return None
 
     # ---- faults ------------------------------------------------------------------------------------------------------
@@ -231,13 +239,14 @@ class Bus(ABC):
         self._watched = []
         try:
             for client in clients:
-                client.disconnect(drain=False)
+                client.client.disconnect(drain=False)
             deadline = time.monotonic() + _PATIENCE_S
-            stuck = [client for client in clients if not client._pool.join(max(deadline - time.monotonic(), 0.0))]
+            pools = [(client.name, client.client._pool) for client in clients]
+            stuck = [name for name, pool in pools if not pool.join(max(deadline - time.monotonic(), 0.0))]
         finally:
             self._end()
         if stuck:
-            names = ", ".join(map(_name, stuck))
+            names = ", ".join(stuck)
             raise AssertionError(f"a handler or callback of {names} has not returned {_PATIENCE_S:g} s after the end")
 
     @abstractmethod
@@ -305,6 +314,9 @@ class ServerBus(Bus):
     def _new_client(self, options: dict[str, Any]) -> EventClient:
         return EventClient(self.host, self.port, **options)
 
+    def _new_async_client(self, options: dict[str, Any]) -> AsyncEventClient:
+        return AsyncEventClient(self.host, self.port, **options)
+
     def _end(self) -> None:
         self._proxy.close()
         self.server.stop(0)
@@ -334,6 +346,9 @@ class MemoryBus(Bus):
     def _new_client(self, options: dict[str, Any]) -> EventClient:
         return _MemoryClient(self._server, options)
 
+    def _new_async_client(self, options: dict[str, Any]) -> AsyncEventClient:
+        return _AsyncMemoryClient(self._server, options)
+
     def _end(self) -> None:
         self._server.close()
 
@@ -347,6 +362,10 @@ class _MemoryClient(EventClient):
         super().__init__("memory", 1, **options)
 
 
-def _name(client: EventClient) -> str:
-    name = client._options.name
-    return f"client {name!r}" if name else "a client"
+class _AsyncMemoryClient(AsyncEventClient):
+    """The same, for asyncio."""
+
+    def __init__(self, server: MemoryServer, options: dict[str, Any]) -> None:
+        self._dial = server.dial_async
+        self._make_reactor = server.loop
+        super().__init__("memory", 1, **options)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import itertools
 import os
 import selectors
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from evbus import _io
 from evbus._frame import READ_BYTES, Ring
+from evbus.aio_loop import LoopReactor
 from evbus.dial import Server
 from evbus.errors import ConnectError
 from evbus.limits import Limits
@@ -138,10 +140,13 @@ class _Net:
         self.condition = threading.Condition(self.faults.lock)
         self.numbers = itertools.count(1)
         self.transports: dict[int, MemoryTransport] = {}
+        self.loops: set[MemoryLoop] = set()
 
     def changed(self) -> None:
         """Something may be ready that was not. The lock is held."""
         self.condition.notify_all()
+        for loop in list(self.loops):
+            loop.changed()
 
     def reactor(self) -> Reactor:
         """An event loop that waits for what happens here."""
@@ -223,6 +228,67 @@ class _Selector(selectors.BaseSelector):
                 self._net.condition.wait(None if until is None else max(until - now, 0.0))
 
 
+class MemoryLoop(LoopReactor):
+    """An asyncio loop that waits for transports in memory.
+
+    Nothing wakes such a loop but a call from the thread where something changed; it then looks at what it waits for.
+    """
+
+    def __init__(self, net: _Net, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self._net = net
+        self._timer: asyncio.TimerHandle | None = None
+        self._looking = False  # a look is under way to the loop
+
+    def changed(self) -> None:
+        """Something may be ready. The net's lock is held; any thread."""
+        if not self._looking:
+            try:
+                self._loop.call_soon_threadsafe(self._look)
+                self._looking = True
+            except RuntimeError:  # the loop has ended, and its client with it
+                self._net.loops.discard(self)
+
+    def _watch(self, fd: int, _before: int, events: int, callback: Callable[[int], object]) -> None:
+        with self._net.condition:
+            self._callbacks[fd] = (events, callback)
+            if events:
+                self._net.loops.add(self)
+                self.changed()
+            elif all(other == fd for other in self._callbacks):
+                self._net.loops.discard(self)
+
+    def _look(self) -> None:
+        """Tell what is ready; what is still ready then is told in the loop's next turn."""
+        ready: list[tuple[Callable[[int], object], int]] = []
+        with self._net.condition:
+            self._looking = False
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            now = time.monotonic()
+            due: list[float] = []
+            for fd, (events, callback) in self._callbacks.items():
+                transport = self._net.transports.get(fd)
+                if transport is None:
+                    continue
+                mask = transport.readiness(now) & events
+                if mask:
+                    ready.append((callback, mask))
+                if transport.due is not None and transport.due > now:
+                    due.append(transport.due - now)
+            if ready:
+                self.changed()
+            elif due:
+                self._timer = self._loop.call_later(min(due), self._look_again)
+        for callback, mask in ready:
+            callback(mask)
+
+    def _look_again(self) -> None:
+        self._timer = None
+        self._look()
+
+
 class MemoryServer:
     """The server's core on a thread of its own, and the network that leads to it.
 
@@ -244,6 +310,14 @@ class MemoryServer:
     def reactor(self) -> Reactor:
         """A loop for a client of this server."""
         return self._net.reactor()
+
+    def loop(self, loop: asyncio.AbstractEventLoop) -> LoopReactor:
+        """An asyncio loop as a client of this server sees it."""
+        return MemoryLoop(self._net, loop)
+
+    async def dial_async(self, address: Server, timeout_s: float) -> Transport:
+        """See `dial`, which does not block."""
+        return self.dial(address, timeout_s)
 
     def dial(self, address: Server, _timeout_s: float) -> Transport:
         """A new connection to the server."""

@@ -12,7 +12,7 @@ from evbus.acceptor import Acceptor
 from evbus.reactor import EVENT_READ, EVENT_WRITE, Reactor, Timer
 from evbus.testing._faults import Faults, Flow, Link
 from evbus.testing._record import Record
-from evbus.transport import TcpTransport, listen_tcp
+from evbus.transport import TcpTransport, listen_tcp, listen_unix
 
 __all__ = ["Proxy"]
 
@@ -20,27 +20,31 @@ _READ_BYTES = 65536
 
 
 class Proxy:
-    """Takes connections on 127.0.0.1 and connects each to the server.
+    """Takes connections and connects each to the server.
 
     Args:
-        server: host and port.
+        server: host and port; or the path of a Unix domain socket.
         record: gets what is published through it.
 
     Attributes:
-        port: where it listens.
+        port: where it listens on 127.0.0.1; 0 for a server on a Unix domain socket.
+        path: where it listens then, next to the server; else empty. Its file is left to whoever made the directory.
         faults: what it does wrong.
     """
 
-    def __init__(self, server: tuple[str, int], record: Record) -> None:
+    def __init__(self, server: tuple[str, int] | str, record: Record) -> None:
         self._server = server
         self._pairs: set[_Pair] = set()
         self._reactor = Reactor()
+        self.port = 0
+        self.path = f"{server}.proxy" if isinstance(server, str) else ""
         try:
-            listeners = listen_tcp("127.0.0.1", 0)
+            listeners = [listen_unix(self.path)] if self.path else listen_tcp("127.0.0.1", 0)
         except BaseException:
             self._reactor.close()
             raise
-        self.port: int = listeners[0].getsockname()[1]
+        if not self.path:
+            self.port = listeners[0].getsockname()[1]
         self.faults = Faults(record, lambda: self._reactor.call_threadsafe(self._pump))
         self._acceptor = Acceptor(self._reactor, listeners, self._on_accept)
         self._thread = threading.Thread(target=self._run, name="evbus-testing-proxy", daemon=True)
@@ -62,7 +66,7 @@ class Proxy:
 
     def _on_accept(self, client: socket.socket, _peer: str) -> None:
         try:
-            server = socket.create_connection(self._server, timeout=5.0)
+            server = _connect(self._server)
         except OSError:  # as a client would see it without the proxy, but for the moment
             _reset(client)
             return
@@ -88,7 +92,8 @@ class _Pair:
         self._halves = [_Half(client, server, self._link.up), _Half(server, client, self._link.down)]
         for half in self._halves:
             half.source.setblocking(False)
-            half.source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if half.source.family != socket.AF_UNIX:
+                half.source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             reactor.register(half.source, EVENT_READ, partial(self._on_ready, half))
 
     def _on_ready(self, half: _Half, mask: int) -> None:
@@ -200,6 +205,18 @@ class _Half:
                 self.blocked = True
                 return
             self.flow.consume(sent)
+
+
+def _connect(server: tuple[str, int] | str) -> socket.socket:
+    if not isinstance(server, str):
+        return socket.create_connection(server, timeout=5.0)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.connect(server)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _reset(sock: socket.socket) -> None:
