@@ -49,6 +49,8 @@ cdef class Outbox:
     cdef bint burst
     cdef bint polling
     cdef bint gathers
+    cdef bint corked
+    cdef int corked_msgs
     cdef size_t room_mark
     cdef int64_t burst_ms
     cdef int burst_msgs
@@ -67,4 +69,5 @@ cdef class Outbox:
                            bint force) except -1
     cdef int after_stage(self, bint urgent) except -1
     cdef bint full(self, size_t size) noexcept
+    cdef int uncork(self) except -1
     cdef void refresh_fast(self) noexcept

@@ -63,6 +63,8 @@ cdef Py_ssize_t MAX_KEYS = 4096
 # Packets per millisecond that are sent by their packers: more would cost a burst too much, fewer would delay the second
 # and third packet of a program that sends only these.
 cdef int SOLO_PACKETS = 4
+# Urgent packets that are left to gather while threads are woken one after the other.
+cdef int CORKED_PACKETS = 16
 # Sends in a row by one flusher, so that a thread that came to publish does not end up sending for all others.
 cdef int MAX_ROUNDS = 16
 # More than any packet has beside its payload: what a waiting publisher needs on top of it.
@@ -293,6 +295,12 @@ cdef class Outbox:
     cdef int after_stage(self, bint urgent) except -1:
         cdef int64_t now
         cdef bint alone = False
+        if urgent and self.corked:
+            # More threads are about to wake up and to send; whoever is the last of them uncorks.
+            self.corked_msgs += 1
+            if self.corked_msgs < CORKED_PACKETS:
+                return 0
+            self.corked_msgs = 0
         if self.gathers:
             urgent = False
             if self.idle:
@@ -316,6 +324,14 @@ cdef class Outbox:
         if urgent or alone or self.staging.ring.size >= self.eager:
             if not self.flushing and not self.blocked:
                 self.flush(False)
+        return 0
+
+    cdef int uncork(self) except -1:
+        # Nobody else is about to send: what was left to gather goes now.
+        self.corked = False
+        self.corked_msgs = 0
+        if self.staging.ring.size and not self.flushing and not self.blocked:
+            self.flush(False)
         return 0
 
     def pack_event(self, subject not None, bytes payload not None, uint32_t codec):

@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from evbus._inbox import Waiter
+from evbus._wake import Chain, Wakeup
 from evbus.correlation import Notify, Sending
 from evbus.errors import BufferFullError, EvbusError
 from evbus.requests import Outgoing
@@ -29,6 +30,7 @@ class Waiting:
         self._session = session
         self._outbox = session.outbox
         self._room = threading.Condition()
+        self._chain = Chain(session.outbox)
         self._outbox.on_room = self._on_room
         _all.add(self)
 
@@ -39,16 +41,14 @@ class Waiting:
             start: is given what to call when the outcome is there; returns None if there is nothing to wait for.
             seconds: None: as long as it takes.
         """
-        done = threading.Lock()
-        done.acquire()
-        waiter = start(done.release)
+        done = Wakeup(self._chain)
+        waiter = start(done)
         return self._wait(waiter, done, seconds, seconds) if waiter is not None else None
 
     def exchange(self, make: Callable[[Notify], Sending], seconds: float | None) -> Any:
         """Send a message and wait for its outcome; `seconds` are for both."""
-        done = threading.Lock()
-        done.acquire()
-        sending = make(done.release)
+        done = Wakeup(self._chain)
+        sending = make(done)
         begun = time.monotonic()
         self.push(sending, seconds)
         assert sending.waiter is not None
@@ -85,11 +85,11 @@ class Waiting:
         with self._room:
             self._room.notify_all()
 
-    def _wait(self, waiter: Waiter, done: threading.Lock, left: float | None, seconds: float | None) -> Any:
+    def _wait(self, waiter: Waiter, done: Wakeup, left: float | None, seconds: float | None) -> Any:
         try:
             if left is None or seconds is None:
-                done.acquire()
-            elif not done.acquire(timeout=min(max(left, 0.0), threading.TIMEOUT_MAX)):
+                done.wait()
+            elif not done.wait(min(max(left, 0.0), threading.TIMEOUT_MAX)):
                 self._session.correlation.expire(waiter, seconds)
         except BaseException:  # Ctrl-C
             self._session.correlation.abandon(waiter)

@@ -31,7 +31,7 @@ LAYERS: list[set[str]] = [
     {"broker", "control", "gaps"},
     {"session"},
     {"handlers", "requests"},
-    {"reactor", "workers", "_clock", "_io"},
+    {"_clock", "_io", "_wake", "reactor", "workers"},
     {"transport"},
     {"acceptor", "client_core", "dial", "server_core", "subscription", "waiting"},
     {"connector"},
