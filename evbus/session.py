@@ -299,6 +299,7 @@ class Session:
             self.inbox.open(facts.dialect, min(facts.packet_bytes, self.options.limits.packet_bytes))
             self._connects += 1
             self._heartbeat_s = min(self.options.heartbeat_s, facts.heartbeat_s or self.options.heartbeat_s)
+            self.registrar.features = facts.features
             self.registrar.restore()
             # Its echo says that the server has taken all of them.
             self._send_beat(self.correlation.expect_beat(waiter))
