@@ -1,4 +1,4 @@
-"""Subscribers that are too slow, over real connections: nothing is dropped without a count, and nothing lost by blocking."""
+"""Subscribers that are too slow, over real connections: what is dropped is told, and blocking loses nothing."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_stalled_subscriber_is_told_exactly_what_it_missed() -> None:
             assert got == list(range(count + 1))
             stats = server.stats()
             assert stats["dropped_newest"] > 1000  # type: ignore[operator]
-            # Now it reads. Each number comes once, or is in the gap that stands before the next one, for each of the two.
+            # Now it reads. Each number comes once, or is in the gap that stands before the next one, for both.
             received = 0
             missed = {1: 0, 2: 0}
             following = 0
