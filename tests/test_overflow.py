@@ -24,8 +24,8 @@ def wait_for(true: Callable[[], object]) -> None:
         time.sleep(0.002)
 
 
-def small_server() -> EventServer:
-    return EventServer(port=0, limits=Limits(pending_soft_bytes=SOFT, pending_hard_bytes=8 << 20))
+def small_server(hard: int = 64 << 20) -> EventServer:
+    return EventServer(port=0, limits=Limits(pending_soft_bytes=SOFT, pending_hard_bytes=hard))
 
 
 def number(message: ref.Packet) -> int:
@@ -181,7 +181,7 @@ def test_blocking_holds_unconfirmed_messages_in_the_server(group: str | None) ->
 
 
 def test_a_subscriber_that_holds_back_for_ever_is_closed_at_the_hard_limit() -> None:
-    with small_server() as server, RawClient("127.0.0.1", server.port, timeout=WAIT) as never:
+    with small_server(8 << 20) as server, RawClient("127.0.0.1", server.port, timeout=WAIT) as never:
         never.handshake()
         never.send(ref.SUBSCRIBE, version=2, TaskId="s", Subject="x", SubscriptionId=1, Role=0, Overflow=2, Group="")
         assert never.read().fields["Status"] == 1
