@@ -8,6 +8,7 @@ cdef enum:
     OVER_CLOSE = 0
     OVER_DROP_NEWEST = 1
     OVER_DROP_OLDEST = 2
+    OVER_BLOCK = 3
 
 
 cdef class Batch:
@@ -38,6 +39,9 @@ cdef class Mailbox:
     cdef size_t msgs
     cdef size_t size
     cdef size_t batch_msgs
+    cdef size_t window
+    cdef size_t due
+    cdef public object grant
     cdef int overflow
     cdef int concurrency
     cdef int workers

@@ -8,6 +8,7 @@ from evbus._message import Message
 OVERFLOW_CLOSE: int
 OVERFLOW_DROP_NEWEST: int
 OVERFLOW_DROP_OLDEST: int
+OVERFLOW_BLOCK: int
 
 @final
 class Batch:
@@ -63,6 +64,8 @@ class Mailbox:
     """Messages that gaps have told of, dropped here or by the server."""
     wake: Callable[[], object] | None
     """Called on the I/O thread when there are messages and a worker is wanted; each call stands for one worker."""
+    grant: Callable[[int], object] | None
+    """With OVERFLOW_BLOCK: called where messages are taken, with how many more the server may send."""
     max_msgs: int
     max_bytes: int
 
@@ -109,6 +112,16 @@ class Mailbox:
         Args:
             count: how many; None if nobody knows.
             reason: "overflow" or "reconnect".
+        """
+
+    def open_window(self, bytes_each: int) -> int:
+        """With OVERFLOW_BLOCK: a connection is there; from now on `grant` tells of messages that are done with.
+
+        Args:
+            bytes_each: the largest message that may come; so many of them as fit into `max_bytes` may be on their way.
+
+        Returns:
+            how many messages the server may send at first: what waits here from an earlier connection takes its room.
         """
 
     def count_error(self) -> None:

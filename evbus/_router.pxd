@@ -114,6 +114,7 @@ cdef class Router:
     cdef uint32_t to_extras(self, conn_t *c, route_t *route, envelope_t *env, uint32_t *missed) noexcept nogil
     cdef uint32_t ask_extras(self, conn_t *c, route_t *route, envelope_t *env, pending_t *query) noexcept nogil
     cdef bint has_room(self, conn_t *c, size_t size) noexcept nogil
+    cdef bint must_wait(self, sub_t *sub, size_t size) noexcept nogil
     cdef bint must_drop(self, conn_t *c, size_t size) noexcept nogil
     cdef void drop_newest(self, flow_t *flow) noexcept nogil
     cdef bint send_or_hold(self, conn_t *publisher, sub_t *sub, uint32_t prefix_size, envelope_t *env) noexcept nogil

@@ -302,6 +302,17 @@ cdef inline void forget(conn_t **items, size_t *count, conn_t *c) noexcept nogil
             i += 1
 
 
+cdef inline bint waits_better(sub_t *sub, sub_t *than) noexcept nogil:
+    # Which of two members of a group, that cannot be sent an event now, it is left to.
+    if sub.flow.policy != than.flow.policy:
+        return sub.flow.policy == OVERFLOW_BLOCK
+    if sub.flow.held_msgs != than.flow.held_msgs:
+        return sub.flow.held_msgs < than.flow.held_msgs
+    if sub.conn.id != than.conn.id:
+        return sub.conn.id < than.conn.id
+    return sub.sid < than.sid
+
+
 cdef inline bint conn_has_subs(conn_t *c) noexcept nogil:
     return c.subscriptions > 0
 
@@ -952,11 +963,9 @@ cdef class Router:
                 if query is not NULL and self.queries.asked_of(query, sub.conn) is not NULL:
                     break  # a connection is asked once
                 if sub.flow is not NULL:
-                    if query is NULL and self.must_drop(sub.conn, size + headers.size + 4 + env.payload.size) and (
-                        sub.flow.policy == OVERFLOW_DROP_NEWEST
-                    ) or (query is NULL and sub.flow.policy == OVERFLOW_BLOCK and sub.flow.credit <= 0):
-                        # One that has room goes before it. To wait is better than to be dropped.
-                        if later is NULL or later.flow.policy == OVERFLOW_DROP_NEWEST:
+                    if query is NULL and self.must_wait(sub, size + headers.size + 4 + env.payload.size):
+                        # One that has room goes before it. To wait is better than to be dropped, in the shortest queue.
+                        if later is NULL or waits_better(sub, later):
                             later = sub
                         continue
                     if sub.flow.policy == OVERFLOW_BLOCK:
@@ -1078,6 +1087,12 @@ cdef class Router:
             self.tell_gaps(c)
         return not c.victim and (c.dropping or not self.has_room(c, size))
 
+    cdef bint must_wait(self, sub_t *sub, size_t size) noexcept nogil:
+        # Whether a subscription with a policy cannot be sent an event now.
+        if sub.flow.policy == OVERFLOW_DROP_NEWEST:
+            return self.must_drop(sub.conn, size)
+        return sub.flow.credit <= 0 or sub.flow.head is not NULL or not self.has_room(sub.conn, size)
+
     cdef uint32_t to_extras(self, conn_t *c, route_t *route, envelope_t *env, uint32_t *missed) noexcept nogil:
         # An event for the plain subscriptions with a policy: one copy for all of a connection that do not block, one for each
         # that does. Returns how many were queued or wait; `missed` is how many were not.
@@ -1158,7 +1173,7 @@ cdef class Router:
         cdef size_t total = <size_t>prefix_size + env.headers.size + 4 + env.payload.size
         cdef held_t *held
         cdef uint8_t *p
-        if c.victim or (flow.credit > 0 and flow.head is NULL and self.has_room(c, total)):
+        if c.victim or not self.must_wait(sub, total):
             if not self.deliver(c, prefix_size, env.headers, env.payload):
                 return False
             flow.credit -= 1

@@ -93,8 +93,8 @@ ctypedef struct route_t:
     group_t *group
     sub_t **member
     sub_t **responder
-    # Plain subscriptions whose connections are not in `plain`: those with policy BLOCK, and all of a connection of which one
-    # has DROP_NEWEST. By connection, BLOCK last.
+    # The plain subscriptions of connections of which one that matches has a policy: these connections are not in `plain`, so
+    # that what is queued for them one by one keeps its order. By connection, BLOCK last.
     sub_t **extra
 
 

@@ -27,9 +27,7 @@ cdef size_t ROUTES_LIMIT = 64 * 1024 * 1024
 
 
 cdef enum:
-    # wire.Overflow
-    DROP_NEWEST = 1
-    BLOCK = 2
+    BLOCK = 2  # wire.Overflow
 
 
 # A node of the pattern trie. `tail` are the subscriptions that end in ">" below it.
@@ -459,8 +457,8 @@ cdef class SubjectTable:
     cdef int resolve(self, entry_t *entry) noexcept nogil:
         # Makes the route of an entry: matches, one copy per connection, groups by name, connections sorted by dialect.
         cdef subs_t *found = &self.found
-        cdef uint32_t i, k, plain = 0, members = 0, responders = 0, groups = 0, extras = 0, flows = 0
-        cdef uint64_t dropping = 0
+        cdef uint32_t i, k, plain = 0, members = 0, responders = 0, groups = 0, extras = 0
+        cdef uint64_t apart = 0
         cdef uint32_t counts[DIALECTS + 1]
         cdef sub_t *sub
         cdef conn_t *conn
@@ -487,11 +485,9 @@ cdef class SubjectTable:
         for i in range(found.count):
             sub = found.items[i]
             if sub.flow is not NULL and sub.role != 1 and sub.group_size == 0:
-                flows += 1
-                if sub.flow.policy == DROP_NEWEST:
-                    sub.conn.mark = dropping = self.stamp
-        if flows:
-            # Marked: connections of which all plain subscriptions are extras.
+                # All plain subscriptions of this connection are extras.
+                sub.conn.mark = apart = self.stamp
+        if apart:
             self.stamp += 1
         for i in range(found.count):
             sub = found.items[i]
@@ -499,7 +495,7 @@ cdef class SubjectTable:
                 responders += 1
             elif sub.group_size:
                 members += 1
-            elif flows and is_extra(sub, dropping):
+            elif apart and sub.conn.mark == apart:
                 extras += 1
             elif sub.conn.mark != self.stamp:
                 sub.conn.mark = self.stamp
@@ -540,7 +536,7 @@ cdef class SubjectTable:
             elif sub.group_size:
                 named[k] = sub
                 k += 1
-            elif flows and is_extra(sub, dropping):
+            elif apart and sub.conn.mark == apart:
                 route.extra[route.extras] = sub
                 route.extras += 1
         if extras > 1:
@@ -584,11 +580,6 @@ cdef class SubjectTable:
             groups,
             [(route.responder[i].conn.id, route.responder[i].sid) for i in range(route.responders)],
         )
-
-
-cdef inline bint is_extra(sub_t *sub, uint64_t dropping) noexcept nogil:
-    # Of a plain subscription; see route_t.extra.
-    return (dropping != 0 and sub.conn.mark == dropping) or (sub.flow is not NULL and sub.flow.policy == BLOCK)
 
 
 cdef int by_connection(const void *a, const void *b) noexcept nogil:

@@ -343,7 +343,8 @@ class EventClient:
             concurrency: how many messages are handled at the same time; more than 1 gives up their order.
             max_pending_msgs, max_pending_bytes: what may wait for the handler; by default as `limits` say.
             overflow: what becomes of a message that finds no room: "close" ends the subscription with SlowConsumerError
-                (given to `on_error`); "drop_newest" and "drop_oldest" drop a message and count it.
+                (given to `on_error`); "drop_newest" and "drop_oldest" drop a message and count it; with "block" the
+                server holds messages back until there is room, and publishers with `confirm` wait for that.
             on_gap: `on_gap(gap)` is told what the subscription missed (see `Gap`), where the handler runs, in order
                 with the messages; without a handler, by the iteration before it gives the next message. Without it,
                 `on_error` gets a SlowConsumerError for messages that were dropped.

@@ -63,7 +63,7 @@ class Interest:
     @property
     def is_plain(self) -> bool:
         """Whether the server sends it one copy per connection, without naming it."""
-        return self.role == Role.SUBSCRIBER and not self.group
+        return self.role == Role.SUBSCRIBER and not self.group and self.overflow != Overflow.BLOCK
 
 
 def _check_group(group: str | None) -> str:

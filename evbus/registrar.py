@@ -13,7 +13,7 @@ from evbus._outbox import PACK_OK
 from evbus.correlation import Correlation, Notify
 from evbus.errors import EvbusError, RefusedError, SlowConsumerError
 from evbus.plan import Interest, Plan
-from evbus.wire import HEADER_BYTES_23, ErrorCode, ObjectId
+from evbus.wire import HEADER_BYTES_23, ErrorCode, ObjectId, Overflow
 
 __all__ = ["Registrar"]
 
@@ -30,6 +30,7 @@ class Registrar:
 
     Attributes:
         plan: the interests.
+        features: what the server of this connection has.
         tally: to be given to all mailboxes.
     """
 
@@ -41,6 +42,7 @@ class Registrar:
         report: Callable[[BaseException], object],
     ) -> None:
         self.plan = plan
+        self.features: frozenset[str] = frozenset()
         self.tally = Tally()
         self._correlation = correlation
         self._inbox: Inbox = correlation.inbox
@@ -88,6 +90,7 @@ class Registrar:
     def _subscribe(self, interest: Interest, first: bool, notify: Notify | None) -> Waiter | None:
         waiter = self._correlation.waiter("subscribe", interest.subject, notify)
         now_ms = self._outbox.now_ms()
+        overflow = self._overflow(interest)
         if self._inbox.is_announced:
             packet = pack(
                 HEADER_BYTES_23,
@@ -100,7 +103,7 @@ class Registrar:
                 interest.key,
                 interest.sid,
                 interest.role,
-                interest.overflow,
+                overflow,
                 interest.group,
             )
         elif interest.group or interest.tokens is not None:
@@ -112,12 +115,36 @@ class Registrar:
             packet = pack(HEADER_BYTES_23, ObjectId.SUBSCRIBE, 1, 0, now_ms, "ss", waiter.task_id, interest.key)
         self._inbox.add_waiter(waiter)
         self._asked[waiter.task_id] = interest
+        if overflow == Overflow.BLOCK:
+            credit = interest.mailbox.open_window(self._inbox.limit_bytes)
+            interest.mailbox.grant = lambda msgs: self._grant(interest, msgs)
+            packet += self._credit_packet(interest, credit)
         if self._outbox.pack_control(packet, notify is not None) == PACK_OK:
             return waiter
         # The connection has just gone; the next one will be told.
         self._inbox.pop_waiter(waiter.task_id)
         self._asked.pop(waiter.task_id, None)
         return None
+
+    def _overflow(self, interest: Interest) -> Overflow:
+        """What to ask of the server; what it does not have is done in our own queue, if that is possible."""
+        if interest.overflow == Overflow.BLOCK and "credit" not in self.features:
+            raise RefusedError(
+                ErrorCode.UNSUPPORTED, interest.subject, 'this server cannot hold messages back (overflow="block")'
+            )
+        if interest.overflow == Overflow.DROP_NEWEST and "drop_newest" not in self.features:
+            return Overflow.CLOSE
+        return interest.overflow
+
+    def _grant(self, interest: Interest, msgs: int) -> None:
+        """Messages are done with, so the server may send as many more. Any thread."""
+        if interest.active and self._outbox.is_open:
+            self._outbox.pack_control(self._credit_packet(interest, msgs))
+
+    def _credit_packet(self, interest: Interest, msgs: int) -> bytes:
+        if not msgs:
+            return b""
+        return pack(HEADER_BYTES_23, ObjectId.CREDIT, 1, 0, self._outbox.now_ms(), "ii", interest.sid, msgs)
 
     def remove(self, interest: Interest, notify: Notify | None) -> Waiter | None:
         """Take an interest out; nothing happens if it is gone. Its mailbox takes no more messages.

@@ -381,6 +381,7 @@ class Session:
                 # Before anything of the new connection can come in.
                 self.registrar.tell_gap(None, "reconnect")
             self._heartbeat_s = min(self.options.heartbeat_s, facts.heartbeat_s or self.options.heartbeat_s)
+            self.registrar.features = facts.features
             self.registrar.restore()
             # Its echo says that the server has taken all of them.
             self._send_beat(self.correlation.expect_beat(waiter))

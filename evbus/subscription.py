@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from evbus._mailbox import OVERFLOW_CLOSE, OVERFLOW_DROP_NEWEST, OVERFLOW_DROP_OLDEST, Batch, Mailbox
+from evbus._mailbox import (
+    OVERFLOW_BLOCK,
+    OVERFLOW_CLOSE,
+    OVERFLOW_DROP_NEWEST,
+    OVERFLOW_DROP_OLDEST,
+    Batch,
+    Mailbox,
+)
 from evbus._message import Message
 from evbus.errors import ConfigError
 from evbus.gaps import GapTeller, OnGap
@@ -19,12 +26,18 @@ from evbus.payload import Decoder
 from evbus.plan import Interest
 from evbus.session import Session
 from evbus.signatures import Handler, decoder_for
-from evbus.wire import Role
+from evbus.wire import Overflow, Role
 
 __all__ = ["Subscription", "SubscriptionFacts", "Wishes", "prepare"]
 
 
-_OVERFLOWS = {"close": OVERFLOW_CLOSE, "drop_newest": OVERFLOW_DROP_NEWEST, "drop_oldest": OVERFLOW_DROP_OLDEST}
+# What they mean for our own queue, and for the server's.
+_OVERFLOWS = {
+    "close": (OVERFLOW_CLOSE, Overflow.CLOSE),
+    "block": (OVERFLOW_BLOCK, Overflow.BLOCK),
+    "drop_newest": (OVERFLOW_DROP_NEWEST, Overflow.DROP_NEWEST),
+    "drop_oldest": (OVERFLOW_DROP_OLDEST, Overflow.CLOSE),
+}
 
 
 @dataclass(frozen=True)
@@ -70,14 +83,15 @@ def prepare(
     codec = session.options.codec
     decoder = decoder_for(handler, wishes.type, codec, coroutines=coroutines) if handler is not None else None
     role = Role.RESPONDER if wishes.responder else Role.SUBSCRIBER
-    interest = Interest(session.registrar.new_sid(), subject, role=role, group=wishes.group)
+    own, servers = _OVERFLOWS[wishes.overflow]
+    interest = Interest(session.registrar.new_sid(), subject, role=role, group=wishes.group, overflow=servers)
     interest.mailbox = Mailbox(
         interest,
         interest.sid,
         tally=session.registrar.tally,
         max_msgs=_positive("max_pending_msgs", wishes.max_pending_msgs, limits.pending_msgs),
         max_bytes=_positive("max_pending_bytes", wishes.max_pending_bytes, limits.pending_bytes),
-        overflow=_OVERFLOWS[wishes.overflow],
+        overflow=own,
         concurrency=_positive("concurrency", wishes.concurrency, 1),
     )
     return interest, decoder

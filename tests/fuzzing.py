@@ -228,6 +228,9 @@ class Maker:
         elif how < 0.95:
             heartbeat = (ref.HEARTBEAT_OLD, {}) if rng.random() < 0.3 else (ref.HEARTBEAT, {"TaskId": self.serial})
             data = self._encode(conn, heartbeat[0], **heartbeat[1])
+            if v2:
+                msgs = rng.choice((1, 2, 3, 50, 0, -1, 2**31 - 1))
+                data += self._encode(conn, ref.CREDIT, SubscriptionId=rng.randrange(0, 8), Msgs=msgs)
         elif how < 0.96:
             more = {"Announcement": rng.choice(FACTS)} if rng.random() < 0.5 and new else {}
             data = self._encode(conn, ref.HANDSHAKE, TaskId=rng.choice(("again", "abc")), **more)
@@ -248,7 +251,7 @@ class Maker:
             Subject=subject,
             SubscriptionId=rng.randrange(-1, 8) if rng.random() < 0.9 else rng.getrandbits(31),
             Role=rng.choice((0, 0, 0, 1, 1, 1, 2)) if rng.random() < 0.95 else rng.randrange(256),
-            Overflow=0 if rng.random() < 0.97 else rng.randrange(1, 256),
+            Overflow=rng.choice((0, 0, 0, 1, 2, 2)) if rng.random() < 0.97 else rng.randrange(3, 256),
             Group=rng.choice(("", "", "g", "h", "\udcff")) if rng.random() < 0.98 else "g" * rng.choice((128, 129)),
         )
 

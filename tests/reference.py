@@ -44,6 +44,25 @@ class _Subscription:
     fields: tuple[Any, ...] = ()
     responder: bool = False
     group: str = ""
+    overflow: int = 0
+    credit: int = 0
+    waiting: list[tuple[_Conn, Packet, _Receipt | None]] = field(default_factory=list)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a message goes out at once. (This broker's connections take everything, so nothing is dropped.)"""
+        return self.overflow != BLOCK or self.credit > 0
+
+
+@dataclass(slots=True)
+class _Receipt:
+    """One that is held back until its message waits for nobody any more."""
+
+    publisher: int
+    task_id: str
+    left: int = 0
+    receivers: int = 0
+    dropped: int = 0
 
 
 @dataclass(slots=True)
@@ -188,6 +207,8 @@ class ReferenceBroker:
             self.closed[conn.id] = reason
             self._go_away(conn, reason, optional=True)
         del self.conns[conn.id]
+        for sub in conn.by_id.values():
+            self._drop_waiting(sub)
         for query in list(self.queries.values()):
             if query.asker == conn.id:
                 del self.queries[query.id]
@@ -271,10 +292,11 @@ class ReferenceBroker:
             return
         new = _Subscription(subject.split("."))
         if packet.version == 2:
-            if fields["Role"] > RESPONDER or fields["Overflow"] != 0:
+            if fields["Role"] > RESPONDER or fields["Overflow"] > (0 if fields["Role"] == RESPONDER else BLOCK):
                 self._error(conn, "UNSUPPORTED", task_id, subject)
                 return
             new.id, new.responder, new.group = number, fields["Role"] == RESPONDER, fields["Group"]
+            new.overflow = fields["Overflow"]
             new.fields = subject, fields["Role"], fields["Overflow"], fields["Group"]
         old = conn.by_id.get(number) if packet.version == 2 else conn.by_subject.get(subject)
         if old is not None and old.fields != new.fields:
@@ -293,10 +315,55 @@ class ReferenceBroker:
     def _unsubscribe(self, conn: _Conn, packet: Packet, fields: dict[str, Any]) -> None:
         if packet.version == 1:
             conn.by_subject.pop(fields["Subject"], None)
-        elif conn.by_id.pop(fields["SubscriptionId"], None) is None:
-            self._error(conn, "UNKNOWN_SUBSCRIPTION", fields["TaskId"])
-            return
+        else:
+            sub = conn.by_id.pop(fields["SubscriptionId"], None)
+            if sub is None:
+                self._error(conn, "UNKNOWN_SUBSCRIPTION", fields["TaskId"])
+                return
+            self._drop_waiting(sub)
         self._acknowledge(conn, packet, 0)
+
+    # -- credit
+
+    def _credit(self, conn: _Conn, packet: Packet, fields: dict[str, Any]) -> None:
+        if fields["SubscriptionId"] <= 0 or fields["Msgs"] <= 0:
+            raise Malformed("Credit", "")
+        sub = conn.by_id.get(fields["SubscriptionId"])
+        if sub is None or sub.overflow != BLOCK:
+            return
+        sub.credit = min(sub.credit + fields["Msgs"], 2**31 - 1)
+        while sub.waiting and sub.credit > 0:
+            source, event, receipt = sub.waiting.pop(0)
+            sub.credit -= 1
+            self._deliver((conn.id, sub.id), source, event, event.fields["TaskId"])
+            if receipt is not None:
+                self._settle(receipt)
+
+    def _send_or_wait(self, target: Target, source: _Conn, packet: Packet, receipt: _Receipt | None) -> None:
+        """An event for a subscription with Overflow block."""
+        sub = self.conns[target[0]].by_id[target[1]]
+        if sub.credit > 0 and not sub.waiting:
+            sub.credit -= 1
+            self._deliver(target, source, packet, packet.fields["TaskId"])
+            return
+        sub.waiting.append((source, packet, receipt))
+        if receipt is not None:
+            receipt.left += 1
+
+    def _drop_waiting(self, sub: _Subscription) -> None:
+        for _, _, receipt in sub.waiting:
+            if receipt is not None:
+                receipt.receivers -= 1
+                receipt.dropped += 1
+                self._settle(receipt)
+        sub.waiting.clear()
+
+    def _settle(self, receipt: _Receipt) -> None:
+        receipt.left -= 1
+        publisher = self.conns.get(receipt.publisher)
+        if receipt.left == 0 and publisher is not None:
+            fields = {"TaskId": receipt.task_id, "Receivers": receipt.receivers, "Dropped": receipt.dropped}
+            self._send(publisher, RECEIPT, fields)
 
     def _acknowledge(self, conn: _Conn, packet: Packet, receivers: int, unordered: int = 0) -> None:
         task_id = packet.fields["TaskId"]
@@ -327,9 +394,34 @@ class ReferenceBroker:
                         responders.append((conn.id, sub.id))
                     elif sub.group:
                         groups.setdefault(sub.group, []).append((conn.id, sub.id))
-                    elif conn.id not in plain:
+                    elif conn.id not in plain and sub.overflow != BLOCK:
                         plain.append(conn.id)
         return plain, groups, responders
+
+    def _blocking(self, subject: str, skip: int = 0) -> list[Target]:
+        """Plain subscriptions with Overflow block, which get copies of their own."""
+        tokens = subject.split(".")
+        return [
+            (conn.id, sub.id)
+            for conn in self.conns.values()
+            for sub in conn.by_id.values()
+            if conn.id != skip
+            and sub.overflow == BLOCK
+            and not sub.responder
+            and not sub.group
+            and matches(sub.tokens, tokens)
+        ]
+
+    def _subscription(self, target: Target) -> _Subscription | None:
+        return self.conns[target[0]].by_id.get(target[1])
+
+    def _pick(self, name: str, members: list[Target], fields: dict[str, Any]) -> Target:
+        """The member of a group that gets an event: in turn, of those that may be sent one now; else the one with the
+        shortest queue."""
+        ready = [target for target in members if (sub := self._subscription(target)) is None or sub.ready]
+        if not ready:
+            return min(members, key=lambda target: (len(self.conns[target[0]].by_id[target[1]].waiting), target))
+        return ready[self.chooser.choose(self, "group " + name, ready, fields) or 0]
 
     def _deliver(
         self,
@@ -387,15 +479,25 @@ class ReferenceBroker:
         skip = conn.id if fields.get("Flags", 0) & NO_ECHO else 0
         plain, groups, _ = self._matching(fields["Subject"], skip)
         # All choices first: copies on one connection come in any order, so a Follower must see them all.
-        picks = [
-            (members[self.chooser.choose(self, "group " + name, members, fields) or 0], members)
-            for name, members in groups.items()
-        ]
+        picks = [(self._pick(name, members, fields), members) for name, members in groups.items()]
+        blocking = self._blocking(fields["Subject"], skip)
+        confirmed = fields["TaskId"] != "" and fields.get("Flags", 0) & CONFIRM
+        receipt = _Receipt(conn.id, fields["TaskId"]) if confirmed else None
         for number in plain:
             self._deliver((number, 0), conn, packet, fields["TaskId"])
         for target, members in picks:
-            self._deliver(target, conn, packet, fields["TaskId"], one_of=members)
-        self._acknowledge(conn, packet, len(plain) + len(groups))
+            sub = self._subscription(target)
+            if sub is not None and sub.overflow == BLOCK:
+                self._send_or_wait(target, conn, packet, receipt)
+            else:
+                self._deliver(target, conn, packet, fields["TaskId"], one_of=members)
+        for target in blocking:
+            self._send_or_wait(target, conn, packet, receipt)
+        receivers = len(plain) + len(groups) + len(blocking)
+        if receipt is not None and receipt.left:
+            receipt.receivers = receivers
+            return
+        self._acknowledge(conn, packet, receivers)
 
     # -- queries
 
@@ -429,6 +531,9 @@ class ReferenceBroker:
         query = _Query(number, conn.id, task_id, subject, to_all, self.now + deadline_ms / 1000, waiting, len(waiting))
         self.queries[number] = query
         for target, one_of in targets:
+            sub = self._subscription(target)
+            if sub is not None and sub.overflow == BLOCK:
+                sub.credit -= 1  # a query does not wait, but it counts
             self._deliver(target, conn, packet, number, IS_QUERY, deadline_ms, one_of)
 
     def _query_targets(self, subject: str, to_all: bool, fields: dict[str, Any]) -> list[tuple[Target, list[Target]]]:
@@ -446,8 +551,12 @@ class ReferenceBroker:
                 index = (self.chooser.choose(self, f"own {number}", own, fields) or 0) if len(own) > 1 else 0
                 chosen.append((own[index], own if len(own) > 1 else []))
             return chosen
-        if plain:
-            return [((number, 0), []) for number in plain]
+        blocking: dict[int, int] = {}
+        for number, sid in self._blocking(subject):
+            if number not in plain:
+                blocking[number] = min(sid, blocking.get(number, sid))
+        if plain or blocking:
+            return [((number, 0), []) for number in plain] + [(target, []) for target in blocking.items()]
         # A group may have chosen a member on a connection that another group had asked before it, and so ask nobody:
         # for a Follower that is a group for which it finds no delivery, so those come last.
         asked: set[int] = set()
@@ -526,6 +635,7 @@ _HANDLERS: dict[tuple[int, int], Callable[[ReferenceBroker, _Conn, Packet, dict[
     (HEARTBEAT_OLD, 1): ReferenceBroker._heartbeat,
     (ERROR, 1): ReferenceBroker._failure,
     (CANCEL_QUERY, 1): ReferenceBroker._cancel,
+    (CREDIT, 1): ReferenceBroker._credit,
 }
 
 

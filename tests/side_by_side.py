@@ -239,6 +239,9 @@ class World:
             raise Mismatch(f"counted {counts}, expected {dict(oracle.counts)}")
         if router.queries.count != len(oracle.queries):
             raise Mismatch(f"{router.queries.count} queries pending, expected {list(oracle.queries)}")
+        waiting = sum(len(sub.waiting) for conn in oracle.conns.values() for sub in conn.by_id.values())
+        if router.held_msgs != waiting:
+            raise Mismatch(f"{router.held_msgs} messages wait for credit, expected {waiting}")
         held = sum(len(conn.by_id) + len(conn.by_subject) for conn in oracle.conns.values())
         if router.table.subscriptions != held:
             raise Mismatch(f"{router.table.subscriptions} subscriptions, expected {held}")

@@ -288,8 +288,11 @@ def test_subscribe_and_unsubscribe() -> None:
         ({"Group": "h"}, "DUPLICATE_ID"),
         ({"Role": 2}, "UNSUPPORTED"),
         ({"Role": 255}, "UNSUPPORTED"),
-        ({"Overflow": 1}, "UNSUPPORTED"),
-        ({"Overflow": 2}, "UNSUPPORTED"),
+        ({"Overflow": 1}, "DUPLICATE_ID"),
+        ({"Overflow": 2}, "DUPLICATE_ID"),
+        ({"Overflow": 3}, "UNSUPPORTED"),
+        ({"Overflow": 1, "Role": 1}, "UNSUPPORTED"),
+        ({"Overflow": 2, "Role": 1}, "UNSUPPORTED"),
         ({"Subject": "a..b", "Role": 2}, "INVALID_SUBJECT"),
         ({"Subject": "a*"}, "INVALID_SUBJECT"),
         ({"SubscriptionId": 0}, "MALFORMED"),
@@ -338,7 +341,7 @@ def test_ids_that_are_too_long_are_malformed() -> None:
     assert client.brief() == [(ref.ERROR, "", ErrorCode.MALFORMED)] * 6
 
 
-@pytest.mark.parametrize("object_id", [0, 5, 7, 254, 1001, 1002, 1003, 1005, 1006, 1007, 0xFF05])
+@pytest.mark.parametrize("object_id", [0, 5, 7, 254, 1001, 1002, 1003, 1005, 1007, 0xFF05])
 def test_objects_that_have_no_business_here(object_id: int) -> None:
     bus = Bus()
     clients = [bus.open(dialect) for dialect in ref.DIALECTS]

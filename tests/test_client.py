@@ -688,7 +688,6 @@ class TestEvents:
     def test_wrong_options(self, clients: Callable[..., EventClient]) -> None:
         client = clients()
         for options in (
-            {"overflow": "block"},
             {"overflow": "whatever"},
             {"concurrency": 0},
             {"max_pending_msgs": 0},
