@@ -18,6 +18,8 @@ class Batch:
 
     plain: bool
     """Whether there is no query among them."""
+    taken: int
+    """How many were taken."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Batch: ...

@@ -17,18 +17,17 @@ from types import TracebackType
 from typing import Any, TypeVar, overload
 
 from evbus._clock import SystemClock
-from evbus._inbox import Waiter
 from evbus._message import Message
 from evbus._outbox import PACK_YIELD
 from evbus.aio_loop import AsyncWaiting, Callbacks, LoopReactor, Tasks, dial_tcp_async, wake_future
 from evbus.aio_replies import AsyncReplies
 from evbus.aio_subscription import AsyncSubscription
 from evbus.client_core import ClientCore
-from evbus.correlation import Notify
 from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, check_address
+from evbus.endings import Closing, Ending
 from evbus.errors import ClientClosedError, EvbusError
 from evbus.events import AsyncAnswering, Handling, Query, subscribed
-from evbus.message import ClientStats, ConnectStatus, Receipt
+from evbus.message import ClientStats, ConnectStatus, Receipt, Unfinished
 from evbus.options import ClientLimits, SessionOptions, check_timeout
 from evbus.payload import OMITTED, codec_from_name
 from evbus.plan import Interest
@@ -37,7 +36,7 @@ from evbus.requests import Publishing, Requests
 from evbus.routers import EventRouter
 from evbus.session import Session
 from evbus.signatures import Handler
-from evbus.subscription import Wishes
+from evbus.subscription import Wishes, matching
 from evbus.wire import Codec
 
 __all__ = ["AsyncEventClient"]
@@ -158,7 +157,7 @@ class AsyncEventClient:
             self._core = core
         return self
 
-    async def disconnect(self, drain: bool = True, timeout: float = 5.0) -> None:
+    async def disconnect(self, drain: bool = True, timeout: float = 5.0) -> Unfinished:
         """Close the client for good; another one must be made to connect again. Again: nothing happens.
 
         Args:
@@ -167,39 +166,39 @@ class AsyncEventClient:
             timeout: seconds for the drain; what was not finished by then is logged and
                 discarded, and handlers still at work are cancelled.
 
+        Returns:
+            what was left; nothing if another call closes the client, or has closed it.
+
         A handler may call it; it does not wait for itself. Cancelled, it closes the client all the same, at once.
         """
         seconds = check_timeout(timeout, zero=True)
         if self._session.is_closing:  # by another task, or by the one whose handler this is
-            return
+            return Unfinished()
         async with self._life:
             if self._session.is_closing:
-                return
+                return Unfinished()
             try:
                 if drain and self._session.is_connected:
                     await self._drain(time.monotonic() + (_LONG_S if seconds is None else seconds))
             finally:
-                self._close()
+                left = self._close(drain)
                 await self._tasks.cancel()
+        return left
 
     async def _drain(self, deadline: float) -> None:
         with suppress(EvbusError):  # no time left, or no connection: then there is nothing more to do
             await self._waiting.outcome(self._session.drain, deadline - time.monotonic())
-            if not await self._tasks.wait_idle(deadline - time.monotonic()):
-                _log.warning(
-                    "closing with %d messages unhandled, as handlers did not finish in time",
-                    self._session.stats().pending_msgs,
-                )
+            await self._tasks.wait_idle(deadline - time.monotonic())
             await self._waiting.outcome(self._session.flush, deadline - time.monotonic())
 
-    def _close(self) -> None:
+    def _close(self, drain: bool) -> Unfinished:
         self._session.set_status(ConnectStatus.CLOSED)
+        closing = Closing(self._session)
         if self._core is not None:
             self._core.close()
-        for interest, subscription in list(self._subscriptions.items()):
-            self._session.unsubscribe(interest)
-            subscription._ended()
+        left = closing.finish(list(self._subscriptions.values()), drain, asyncio.current_task())
         self._subscriptions.clear()
+        return left
 
     @property
     def status(self) -> ConnectStatus:
@@ -408,23 +407,27 @@ class AsyncEventClient:
         """
         return self._decorator(subject, Wishes(type, group, concurrency, responder=True))
 
-    async def unsubscribe(self, subject: str | type | AsyncSubscription, handler: Handler | None = None) -> None:
+    async def unsubscribe(
+        self,
+        subject: str | type | AsyncSubscription,
+        handler: Handler | None = None,
+        *,
+        drain: bool = False,
+        timeout: float | None = 5.0,
+    ) -> int:
         """End subscriptions: one, or those on exactly that subject or pattern, or of them those with that handler.
 
-        Returns when the server has confirmed; no handler call begins after that, and what was waiting is discarded. If
+        Returns when the server has confirmed, with the number of messages that were waiting and are not handled. If
         there is no such subscription nothing happens.
+
+        Args:
+            drain, timeout: as for `AsyncSubscription.unsubscribe`; the seconds are for each one.
         """
-        if isinstance(subject, AsyncSubscription):
-            found = [item for item in list(self._subscriptions.items()) if item[1] is subject]
-        else:
-            subject, _ = subscribed(subject, None, None)
-            found = [
-                (interest, subscription)
-                for interest, subscription in list(self._subscriptions.items())
-                if interest.subject == subject and (handler is None or subscription.handler == handler)
-            ]
-        for interest, subscription in found:
-            await self._end(interest, subscription)
+        seconds = check_timeout(timeout, zero=True)
+        unhandled = 0
+        for subscription in matching(self._subscriptions, subject, handler):
+            unhandled += await self._end(subscription, drain, seconds)
+        return unhandled
 
     def _decorator(self, subject: str | type, wishes: Wishes) -> Callable[[F], F]:
         def decorate(handler: F) -> F:
@@ -461,7 +464,7 @@ class AsyncEventClient:
             await self._waiting.outcome(lambda notify: self._session.subscribe(interest, notify), None)
         except BaseException:
             self._forget(interest)
-            subscription._ended()
+            subscription.ended()
             raise
         return subscription
 
@@ -470,7 +473,7 @@ class AsyncEventClient:
             subject, wanted = subscribed(subject, handler, wishes.type)
             wishes = replace(wishes, type=wanted)
         subscription = AsyncSubscription.make(
-            self._session, subject, handler, wishes, self._waiting, self._tasks, self.unsubscribe
+            self._session, subject, handler, wishes, self._waiting, self._tasks, self._end
         )
         self._subscriptions[subscription.interest] = subscription
         return subscription
@@ -479,15 +482,17 @@ class AsyncEventClient:
         self._subscriptions.pop(interest, None)
         self._session.unsubscribe(interest)
 
-    async def _end(self, interest: Interest, subscription: AsyncSubscription) -> None:
-        def begin(notify: Notify) -> Waiter | None:
-            waiter = self._session.unsubscribe(interest, notify)
-            subscription._ended()
-            return waiter
-
-        self._subscriptions.pop(interest, None)
-        with suppress(EvbusError):  # without the connection, or on a server that does not know it, it is over too
-            await self._waiting.outcome(begin, None)
+    async def _end(self, subscription: AsyncSubscription, drain: bool, seconds: float | None) -> int:
+        if subscription.interest not in self._subscriptions:
+            return 0
+        ending = Ending(self._session, subscription, drain, seconds, asyncio.current_task())
+        try:
+            for start, left in ending.steps():
+                with suppress(EvbusError):  # without the connection, or late, it is over too
+                    await self._waiting.outcome(start, left)
+        finally:
+            self._subscriptions.pop(subscription.interest, None)
+        return ending.unhandled
 
     # ---- publishing and asking ---------------------------------------------------------------------------------------
 

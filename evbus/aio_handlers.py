@@ -54,10 +54,18 @@ class AsyncHandlerRunner(HandlerRunner):
 
     async def work(self) -> None:
         """Handle what waits, in order, until nothing does. Ends early only if its task is cancelled by the client."""
-        take = self._mailbox.take
+        worker = asyncio.current_task()
+        try:
+            await self._work(worker)
+        finally:
+            self._rest(worker)
+
+    async def _work(self, worker: object) -> None:
+        take, at_work = self._mailbox.take, self.at_work
         batch: Batch | None = None
         handled = 0
         while (batch := take(batch)) is not None:
+            at_work[worker] = batch
             handled += len(batch)
             if batch.plain:
                 await self._work_events(batch)

@@ -11,6 +11,8 @@ from evbus._mailbox import Batch
 from evbus._message import Message
 from evbus.aio_handlers import AsyncHandlerRunner
 from evbus.aio_loop import AsyncWaiting, Tasks, wake_future
+from evbus.handlers import HandlerRunner
+from evbus.options import check_timeout
 from evbus.plan import Interest
 from evbus.session import Session
 from evbus.signatures import Handler
@@ -30,9 +32,13 @@ class AsyncSubscription(SubscriptionFacts):
     """
 
     def __init__(
-        self, interest: Interest, handler: Handler | None, unsubscribe: Callable[[AsyncSubscription], Awaitable[None]]
+        self,
+        interest: Interest,
+        handler: Handler | None,
+        runner: HandlerRunner | None,
+        unsubscribe: Callable[[AsyncSubscription, bool, float | None], Awaitable[int]],
     ) -> None:
-        super().__init__(interest, handler)
+        super().__init__(interest, handler, runner)
         self._unsubscribe = unsubscribe
         # What happens to an iterator: True, there are messages and it is our turn to take them; an exception; None, the
         # end.
@@ -53,7 +59,7 @@ class AsyncSubscription(SubscriptionFacts):
         wishes: Wishes,
         waiting: AsyncWaiting,
         tasks: Tasks,
-        unsubscribe: Callable[[AsyncSubscription], Awaitable[None]],
+        unsubscribe: Callable[[AsyncSubscription, bool, float | None], Awaitable[int]],
     ) -> AsyncSubscription:
         """A subscription that no server knows yet.
 
@@ -66,18 +72,26 @@ class AsyncSubscription(SubscriptionFacts):
         """
         interest, decoder = prepare(session, subject, handler, wishes, coroutines=True)
         mailbox = interest.mailbox
-        if handler is not None:
-            runner = AsyncHandlerRunner(
-                session, mailbox, subject, handler, decoder, waiting, responder=wishes.responder
-            )
-            mailbox.wake = lambda: tasks.spawn(runner.work())
-        return cls(interest, handler, unsubscribe)
+        if handler is None:
+            return cls(interest, None, None, unsubscribe)
+        runner = AsyncHandlerRunner(session, mailbox, subject, handler, decoder, waiting, responder=wishes.responder)
+        mailbox.wake = lambda: tasks.spawn(runner.work())
+        return cls(interest, handler, runner, unsubscribe)
 
-    async def unsubscribe(self) -> None:
-        """End it. Returns when the server has confirmed; no handler call begins after that, and what was waiting is
-        discarded (counted in `discarded`). A handler call at work finishes. Again: nothing happens.
+    async def unsubscribe(self, *, drain: bool = False, timeout: float | None = 5.0) -> int:
+        """End it. Returns when the server has confirmed, with the number of messages that were waiting and are not
+        handled.
+
+        Without `drain` no handler call begins after that, and what was waiting is discarded (counted in `discarded`);
+        a handler call at work finishes. Again: nothing happens.
+
+        Args:
+            drain: no more messages come, and the handler finishes those that wait first. Its own handler does not wait
+                for itself: what waits is handled after it. Of a subscription without a handler, what waits can still be
+                taken; then the iteration ends.
+            timeout: seconds for the drain; what is not handled by then is discarded. None: as long as it takes.
         """
-        await self._unsubscribe(self)
+        return await self._unsubscribe(self, drain, check_timeout(timeout, zero=True))
 
     async def next(self, timeout: float | None = None) -> Message:
         """The next message.
@@ -148,10 +162,11 @@ class AsyncSubscription(SubscriptionFacts):
         if not self.interest.active:
             self._tell(None)
 
-    def _ended(self) -> None:
-        """The client has unsubscribed it, or was closed."""
-        self._mailbox.clear()
+    def ended(self, discard: bool = True) -> int:
+        """See `endings.Endable`."""
+        count = self._mailbox.clear() if discard else 0
         self._tell(None)
+        return count
 
     def __aiter__(self) -> AsyncIterator[Message]:
         self._check()

@@ -10,7 +10,7 @@ from typing import TypedDict
 from evbus._message import Message
 from evbus.options import ClientLimits
 
-__all__ = ["ClientOptions", "ClientStats", "ConnectStatus", "Message", "Receipt"]
+__all__ = ["ClientOptions", "ClientStats", "ConnectStatus", "Message", "Receipt", "Unfinished"]
 
 
 class ConnectStatus(Enum):
@@ -43,6 +43,23 @@ class Receipt:
     """Connections and group members that the message was queued for; -1 if the server does not count (a C# server)."""
     dropped: int = 0
     """Matching receivers that do not get it because the server is closing them for being too slow."""
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """What a client had to leave when it was closed. False, in an `if`, when there was nothing."""
+
+    messages: int = 0
+    """Messages that waited for their handlers, or to be taken, and were discarded."""
+    handlers: int = 0
+    """Subscriptions whose handler was still at work, not counting one that closed the client itself."""
+    unsent_bytes: int = 0
+    """Bytes that were published and not sent."""
+    queries: int = 0
+    """Queries and confirmations that were still waited for; they raise ClientClosedError."""
+
+    def __bool__(self) -> bool:
+        return bool(self.messages or self.handlers or self.unsent_bytes or self.queries)
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ class Session:
         status: where the connection stands.
         failure: why the connection must be closed, for the core; None while all is well.
         facts: what the server told of itself; None without a connection.
+        unsent_bytes: what was not sent when the user closed the connection.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Session:
         self.status = ConnectStatus.DISCONNECTED
         self.failure: Exception | None = None
         self.facts: ServerFacts | None = None
+        self.unsent_bytes = 0
         high = options.limits.buffer_bytes
         self.outbox = Outbox(clock, high_bytes=high, low_bytes=high // 4)
         self.plan = Plan()
@@ -273,6 +275,7 @@ class Session:
             return
         self.correlation.fail_all(gone)
         if closing:
+            self.unsent_bytes = unsent
             _log.info("disconnected from %s", self.address)
             return
         self.set_status(ConnectStatus.DISCONNECTED)
@@ -332,6 +335,14 @@ class Session:
             the waiter for the server's word; None if there is nothing to wait for.
         """
         return self.registrar.remove(interest, notify)
+
+    def withdraw(self, interest: Interest, notify: Notify | None = None) -> Waiter | None:
+        """Tell the server that an interest ends; what is on its way still reaches its mailbox, until `unsubscribe`.
+
+        Returns:
+            the waiter for the server's word; None if there is nothing to wait for.
+        """
+        return self.registrar.withdraw(interest, notify)
 
     def publish(
         self,

@@ -5,22 +5,24 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from evbus._mailbox import OVERFLOW_CLOSE, OVERFLOW_DROP_NEWEST, OVERFLOW_DROP_OLDEST, Batch, Mailbox
 from evbus._message import Message
 from evbus.errors import ConfigError
+from evbus.events import subscribed
 from evbus.handlers import HandlerRunner
+from evbus.options import check_timeout
 from evbus.payload import Decoder
 from evbus.plan import Interest
 from evbus.session import Session
 from evbus.signatures import Handler, decoder_for
 from evbus.wire import Role
 
-__all__ = ["Subscription", "SubscriptionFacts", "Wishes", "prepare"]
+__all__ = ["Subscription", "SubscriptionFacts", "Wishes", "matching", "prepare"]
 
 
 _OVERFLOWS = {"close": OVERFLOW_CLOSE, "drop_newest": OVERFLOW_DROP_NEWEST, "drop_oldest": OVERFLOW_DROP_OLDEST}
@@ -82,8 +84,9 @@ def prepare(
 class SubscriptionFacts:
     """What the subscriptions of both clients tell of themselves."""
 
-    def __init__(self, interest: Interest, handler: Handler | None) -> None:
+    def __init__(self, interest: Interest, handler: Handler | None, runner: HandlerRunner | None) -> None:
         self.interest = interest
+        self.runner = runner
         self._mailbox = interest.mailbox
         self._handler = handler
 
@@ -152,6 +155,25 @@ class SubscriptionFacts:
         return f"<Subscription to {self.subject!r}{group}, {self.pending_msgs} waiting{state}>"
 
 
+S = TypeVar("S", bound=SubscriptionFacts)
+
+
+def matching(subscriptions: Mapping[Interest, S], subject: str | type | S, handler: Handler | None) -> list[S]:
+    """Those that the arguments of `unsubscribe` mean.
+
+    Raises:
+        TypeError: there is no subject.
+    """
+    if isinstance(subject, SubscriptionFacts):
+        return [one for one in list(subscriptions.values()) if one is subject]
+    text, _ = subscribed(subject, None, None)
+    return [
+        one
+        for one in list(subscriptions.values())
+        if one.subject == text and (handler is None or one.handler == handler)
+    ]
+
+
 class Subscription(SubscriptionFacts):
     """What `EventClient.subscribe` returns.
 
@@ -164,9 +186,13 @@ class Subscription(SubscriptionFacts):
     """
 
     def __init__(
-        self, interest: Interest, handler: Handler | None, unsubscribe: Callable[[Subscription], object]
+        self,
+        interest: Interest,
+        handler: Handler | None,
+        runner: HandlerRunner | None,
+        unsubscribe: Callable[[Subscription, bool, float | None], int],
     ) -> None:
-        super().__init__(interest, handler)
+        super().__init__(interest, handler, runner)
         self._unsubscribe = unsubscribe
         self._taking = threading.Lock()
         # What happens to an iterator: True, there are messages and it is our turn to take them; an exception; None, the
@@ -186,7 +212,7 @@ class Subscription(SubscriptionFacts):
         handler: Handler | None,
         wishes: Wishes,
         submit: Callable[[Callable[[], None]], object],
-        unsubscribe: Callable[[Subscription], object],
+        unsubscribe: Callable[[Subscription, bool, float | None], int],
     ) -> Subscription:
         """A subscription that no server knows yet.
 
@@ -199,18 +225,32 @@ class Subscription(SubscriptionFacts):
         """
         interest, decoder = prepare(session, subject, handler, wishes)
         mailbox = interest.mailbox
-        if handler is not None:
-            runner = HandlerRunner(session, mailbox, subject, handler, decoder, responder=wishes.responder)
-            mailbox.wake = lambda: submit(runner.run)
-        return cls(interest, handler, unsubscribe)
+        if handler is None:
+            return cls(interest, None, None, unsubscribe)
+        runner = HandlerRunner(session, mailbox, subject, handler, decoder, responder=wishes.responder)
+
+        def work() -> None:
+            runner.run(threading.get_ident())
+
+        mailbox.wake = lambda: submit(work)
+        return cls(interest, handler, runner, unsubscribe)
 
     # ---- use ---------------------------------------------------------------------------------------------------------
 
-    def unsubscribe(self) -> None:
-        """End it. Returns when the server has confirmed; no handler call begins after that, and what was waiting is
-        discarded (counted in `discarded`). A handler call at work finishes. Again: nothing happens.
+    def unsubscribe(self, *, drain: bool = False, timeout: float | None = 5.0) -> int:
+        """End it. Returns when the server has confirmed, with the number of messages that were waiting and are not
+        handled.
+
+        Without `drain` no handler call begins after that, and what was waiting is discarded (counted in `discarded`);
+        a handler call at work finishes. Again: nothing happens.
+
+        Args:
+            drain: no more messages come, and the handler finishes those that wait first. Its own handler does not wait
+                for itself: what waits is handled after it. Of a subscription without a handler, what waits can still be
+                taken; then the iteration ends.
+            timeout: seconds for the drain; what is not handled by then is discarded. None: as long as it takes.
         """
-        self._unsubscribe(self)
+        return self._unsubscribe(self, drain, check_timeout(timeout, zero=True))
 
     def next(self, timeout: float | None = None) -> Message:
         """The next message.
@@ -261,10 +301,11 @@ class Subscription(SubscriptionFacts):
         if not self.interest.active:
             self._news.put(None)
 
-    def _ended(self) -> None:
-        """The client has unsubscribed it, or was closed."""
-        self._mailbox.clear()
+    def ended(self, discard: bool = True) -> int:
+        """See `endings.Endable`."""
+        count = self._mailbox.clear() if discard else 0
         self._news.put(None)
+        return count
 
     def __iter__(self) -> Iterator[Message]:
         if self._handler is not None:

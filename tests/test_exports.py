@@ -55,6 +55,7 @@ PUBLIC = [
     "SlowConsumerError",
     "Subscription",
     "UNLIMITED",
+    "Unfinished",
     "__version__",
     "connect",
     "event",

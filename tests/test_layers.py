@@ -31,6 +31,7 @@ LAYERS: list[set[str]] = [
     {"broker", "control"},
     {"session"},
     {"handlers", "requests"},
+    {"endings"},
     {"reactor", "workers", "_clock", "_io"},
     {"transport"},
     {"acceptor", "client_core", "dial", "server_core", "subscription", "waiting"},
