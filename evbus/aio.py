@@ -68,6 +68,8 @@ class AsyncEventClient:
         codec: "msgpack" or "json", for structured values; bytes and str go as they are.
         heartbeat: seconds between heartbeats. A server silent for twice as long is taken for lost.
         limits: what this client keeps in memory, and takes from a server.
+        warn_after: seconds; a call of a handler that takes longer is reported once, by a warning with its stack in the
+            log, and counted (`ClientStats.slow_handlers`). None: never.
         on_error: `on_error(error, message)` gets what no call can raise: a handler's exception (with the message it was
             given), an error the server reports, a lost connection (with None).
         on_status: `on_status(status)` gets each change of `status`.
@@ -92,6 +94,7 @@ class AsyncEventClient:
         codec: str = "msgpack",
         heartbeat: float = 5.0,
         limits: ClientLimits | None = None,
+        warn_after: float | None = 10.0,
         on_error: Callable[[BaseException, Message | None], object] | None = None,
         on_status: Callable[[ConnectStatus], object] | None = None,
     ) -> None:
@@ -102,6 +105,7 @@ class AsyncEventClient:
             heartbeat_s=heartbeat,
             codec=codec_from_name(codec),
             limits=limits if limits is not None else ClientLimits(),
+            warn_after_s=warn_after,
         )
         self._tasks = Tasks()
         callbacks = Callbacks(self._tasks)

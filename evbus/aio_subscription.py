@@ -16,7 +16,8 @@ from evbus.options import check_timeout
 from evbus.plan import Interest
 from evbus.session import Session
 from evbus.signatures import Handler
-from evbus.subscription import SubscriptionFacts, Wishes, prepare
+from evbus.subscription import SubscriptionFacts, Wishes, look_after, prepare
+from evbus.watch import watcher
 
 __all__ = ["AsyncSubscription"]
 
@@ -76,6 +77,7 @@ class AsyncSubscription(SubscriptionFacts):
             return cls(interest, None, None, unsubscribe)
         runner = AsyncHandlerRunner(session, mailbox, subject, handler, decoder, waiting, responder=wishes.responder)
         mailbox.wake = lambda: tasks.spawn(runner.work())
+        look_after(session, runner)
         return cls(interest, handler, runner, unsubscribe)
 
     async def unsubscribe(self, *, drain: bool = False, timeout: float | None = 5.0) -> int:
@@ -166,6 +168,8 @@ class AsyncSubscription(SubscriptionFacts):
         """See `endings.Endable`."""
         count = self._mailbox.clear() if discard else 0
         self._tell(None)
+        if self.runner is not None:
+            watcher.remove(self.runner)
         return count
 
     def __aiter__(self) -> AsyncIterator[Message]:

@@ -82,6 +82,10 @@ class HandlerRunner:
         if self._drains and self._mailbox.is_idle:
             self._drained()
 
+    def slow(self, seconds: float, stack: str) -> None:
+        """A call of the handler takes long; see `watch.Watched`. Any thread."""
+        self._session.reports.slow_handler(self.subject, seconds, stack)
+
     def drained(self, notify: Notify) -> Waiter:
         """The waiter for the moment when nothing waits and nobody is at work."""
         waiter = Waiter(b"", self.subject, "drain", notify)

@@ -78,6 +78,8 @@ class ClientStats:
     """Messages that found their subscription's queue full, or its subscription ended."""
     server_errors: int
     """Errors that the server sent without being asked, such as those for publishes without confirmation."""
+    slow_handlers: int
+    """Calls of handlers that took longer than `warn_after`."""
     missed: int
     """Messages that the server says it had to drop for this client."""
     late_answers: int
@@ -104,5 +106,6 @@ class ClientOptions(TypedDict, total=False):
     codec: str
     heartbeat: float
     limits: ClientLimits | None
+    warn_after: float | None
     on_error: Callable[[BaseException, Message | None], object] | None
     on_status: Callable[[ConnectStatus], object] | None

@@ -467,6 +467,7 @@ class Session:
             handler_errors=tally.errors,
             dropped=tally.dropped,
             server_errors=self.reports.server_errors,
+            slow_handlers=self.reports.slow_handlers,
             missed=self.control.missed,
             late_answers=self.control.late_answers + inbox.late_answers,
             malformed=self.control.malformed + inbox.malformed,

@@ -20,9 +20,10 @@ from evbus.payload import Decoder
 from evbus.plan import Interest
 from evbus.session import Session
 from evbus.signatures import Handler, decoder_for
+from evbus.watch import watcher
 from evbus.wire import Role
 
-__all__ = ["Subscription", "SubscriptionFacts", "Wishes", "matching", "prepare"]
+__all__ = ["Subscription", "SubscriptionFacts", "Wishes", "look_after", "matching", "prepare"]
 
 
 _OVERFLOWS = {"close": OVERFLOW_CLOSE, "drop_newest": OVERFLOW_DROP_NEWEST, "drop_oldest": OVERFLOW_DROP_OLDEST}
@@ -79,6 +80,13 @@ def prepare(
         concurrency=_positive("concurrency", wishes.concurrency, 1),
     )
     return interest, decoder
+
+
+def look_after(session: Session, runner: HandlerRunner) -> None:
+    """Let slow calls of a handler be reported, as its client's options say."""
+    limit = session.options.warn_after_s
+    if limit is not None:
+        watcher.add(runner, limit)
 
 
 class SubscriptionFacts:
@@ -233,6 +241,7 @@ class Subscription(SubscriptionFacts):
             runner.run(threading.get_ident())
 
         mailbox.wake = lambda: submit(work)
+        look_after(session, runner)
         return cls(interest, handler, runner, unsubscribe)
 
     # ---- use ---------------------------------------------------------------------------------------------------------
@@ -305,6 +314,8 @@ class Subscription(SubscriptionFacts):
         """See `endings.Endable`."""
         count = self._mailbox.clear() if discard else 0
         self._news.put(None)
+        if self.runner is not None:
+            watcher.remove(self.runner)
         return count
 
     def __iter__(self) -> Iterator[Message]:

@@ -32,7 +32,7 @@ LAYERS: list[set[str]] = [
     {"session"},
     {"handlers", "requests"},
     {"endings"},
-    {"reactor", "workers", "_clock", "_io"},
+    {"reactor", "watch", "workers", "_clock", "_io"},
     {"transport"},
     {"acceptor", "client_core", "dial", "server_core", "subscription", "waiting"},
     {"aio_loop", "io_thread", "routers", "sync_replies"},
