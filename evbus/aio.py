@@ -1,7 +1,7 @@
 """The asyncio client: a thin shell that suspends and resumes. What is said and heard is the session's business.
 
-All of a client belongs to the event loop on which it connects, its handlers and callbacks too. Nothing here may be
-called from other threads.
+All of a client belongs to the event loop on which it connects, its handlers and callbacks too, except plain handlers if
+it is given an executor for them. Nothing here may be called from other threads.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -74,8 +75,14 @@ class AsyncEventClient:
             given), an error the server reports, a lost connection (with None).
         on_status: `on_status(status)` gets each change of `status`.
 
-    Handlers and both callbacks may be coroutine functions or plain functions. They run on the loop; a plain one that
-    takes its time holds up everything else there.
+        executor: runs handlers that are plain functions, so that one that takes its time holds up nothing else; for
+            example a ThreadPoolExecutor, which the user shuts down. It must run them in this process.
+
+    Handlers and both callbacks may be coroutine functions or plain functions. They run on the loop, except that plain
+    handlers run on the `executor`, if there is one: still one message after the other for each subscription, with the
+    context variables of its task. The client belongs to the loop all the same. A handler on the executor may return an
+    answer, and call `Message.reply` and `Message.fail`; to publish from there, use
+    `asyncio.run_coroutine_threadsafe(client.publish(...), loop).result()`.
 
     Raises:
         ConfigError: an option makes no sense.
@@ -97,6 +104,7 @@ class AsyncEventClient:
         warn_after: float | None = 10.0,
         on_error: Callable[[BaseException, Message | None], object] | None = None,
         on_status: Callable[[ConnectStatus], object] | None = None,
+        executor: Executor | None = None,
     ) -> None:
         self._where = check_address(host, port)
         self._options = SessionOptions(
@@ -115,7 +123,9 @@ class AsyncEventClient:
         self._session.outbox.gather()
         self._waiting = AsyncWaiting(self._session)
         self._requests = Requests(self._session)
-        self._session.answers.send = self._waiting.push_now
+        self._session.answers.send = self._waiting.send
+        self._session.answers.call = self._waiting.call
+        self._executor = executor
         self._pack_event = self._session.outbox.pack_event
         self._core: ClientCore | None = None
         self._life = asyncio.Lock()  # connect and disconnect, one at a time
@@ -143,6 +153,7 @@ class AsyncEventClient:
             if self._session.is_connected:
                 return self
             loop = asyncio.get_running_loop()
+            self._waiting.belong_to(loop)
             deadline = loop.time() + seconds
             self._session.set_status(ConnectStatus.CONNECTING)
             core = ClientCore(LoopReactor(loop), self._session)
@@ -477,7 +488,7 @@ class AsyncEventClient:
             subject, wanted = subscribed(subject, handler, wishes.type)
             wishes = replace(wishes, type=wanted)
         subscription = AsyncSubscription.make(
-            self._session, subject, handler, wishes, self._waiting, self._tasks, self._end
+            self._session, subject, handler, wishes, self._waiting, self._tasks, self._end, self._executor
         )
         self._subscriptions[subscription.interest] = subscription
         return subscription

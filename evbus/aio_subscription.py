@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Executor
 from types import TracebackType
 
 from evbus._mailbox import Batch
@@ -61,12 +62,14 @@ class AsyncSubscription(SubscriptionFacts):
         waiting: AsyncWaiting,
         tasks: Tasks,
         unsubscribe: Callable[[AsyncSubscription, bool, float | None], Awaitable[int]],
+        executor: Executor | None = None,
     ) -> AsyncSubscription:
         """A subscription that no server knows yet.
 
         Args:
             waiting, tasks: of the client.
             unsubscribe: what the subscription's own method of that name is to do.
+            executor: runs handlers that are plain functions; None: the loop does.
 
         Raises:
             InvalidSubjectError, ConfigError, TypeError: something makes no sense.
@@ -75,7 +78,9 @@ class AsyncSubscription(SubscriptionFacts):
         mailbox = interest.mailbox
         if handler is None:
             return cls(interest, None, None, unsubscribe)
-        runner = AsyncHandlerRunner(session, mailbox, subject, handler, decoder, waiting, responder=wishes.responder)
+        runner = AsyncHandlerRunner(
+            session, mailbox, subject, handler, decoder, waiting, responder=wishes.responder, executor=executor
+        )
         mailbox.wake = lambda: tasks.spawn(runner.work())
         look_after(session, runner)
         return cls(interest, handler, runner, unsubscribe)
