@@ -227,7 +227,17 @@ class AsyncEventClient:
 
     def stats(self) -> ClientStats:
         """Counters since the client was made, and what waits now."""
-        return self._session.stats()
+        return self._session.stats(self._tasks.busy)
+
+    @property
+    def name(self) -> str:
+        """What the server calls this client; empty if it was given no name."""
+        return self._options.name
+
+    @property
+    def subscriptions(self) -> tuple[AsyncSubscription, ...]:
+        """The subscriptions that were not unsubscribed yet, in the order in which they were made."""
+        return tuple(self._subscriptions.values())
 
     async def rtt(self, timeout: float | None = 3.0) -> float:
         """Seconds that the server takes to answer, everything sent before included.

@@ -270,6 +270,11 @@ class Tasks:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    @property
+    def busy(self) -> int:
+        """How many there are."""
+        return len(self._tasks)
+
     def _others(self) -> set[asyncio.Task[None]]:
         return self._tasks - {asyncio.current_task()}
 

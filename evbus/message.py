@@ -96,6 +96,8 @@ class ClientStats:
     """Bytes in the outgoing buffer now."""
     pending_msgs: int
     """Messages that wait for handlers now."""
+    at_work: int
+    """Subscriptions whose handler is at work now, and callbacks (`on_error`, `on_status`) that are."""
 
 
 class ClientOptions(TypedDict, total=False):

@@ -457,8 +457,12 @@ class Session:
 
     # ---- counters ------------------------------------------------------------------------------------------------
 
-    def stats(self) -> ClientStats:
-        """Counters, and what waits now. Any thread."""
+    def stats(self, at_work: int = 0) -> ClientStats:
+        """Counters, and what waits now. Any thread.
+
+        Args:
+            at_work: what runs user code now, which only the shell knows.
+        """
         tally, inbox = self.registrar.tally, self.inbox
         return ClientStats(
             published=self.outbox.packed_msgs,
@@ -476,4 +480,5 @@ class Session:
             pending_queries=inbox.waiting,
             pending_bytes=self.outbox.pending_bytes,
             pending_msgs=self.registrar.pending_msgs,
+            at_work=at_work,
         )

@@ -153,6 +153,11 @@ class SubscriptionFacts:
         return self._mailbox.pending_msgs
 
     @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits and the handler is not at work."""
+        return self._mailbox.is_idle
+
+    @property
     def pending_bytes(self) -> int:
         """Bytes of payload and headers that are kept for it."""
         return self._mailbox.pending_bytes

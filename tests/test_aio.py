@@ -876,7 +876,17 @@ def test_the_same_names_as_the_synchronous_client() -> None:
 def test_the_shell_names_no_part_of_the_protocol() -> None:
     for name in ("aio", "aio_loop", "aio_handlers", "aio_replies", "aio_subscription"):
         source = inspect.getsource(importlib.import_module(f"evbus.{name}"))
-        for word in ("TaskId", "task_id", "ObjectId", "object_id", "back-off", "backoff"):
+        for word in (
+            "TaskId",
+            "task_id",
+            "ObjectId",
+            "object_id",
+            "back-off",
+            "backoff",
+            "jitter",
+            "random",
+            "uniform",
+        ):
             assert word not in source, (name, word)
 
 

@@ -182,12 +182,12 @@ class Bus(ABC):
                     f"{_name(client)} waits for the server: {figures.pending_queries} queries or confirmations, "
                     f"{figures.pending_bytes} bytes to send"
                 )
-            for subscription in list(client._subscriptions.values()):
-                if subscription.handler is not None and not subscription.interest.mailbox.is_idle:
+            for subscription in client.subscriptions:
+                if subscription.handler is not None and not subscription.is_idle:
                     waiting = subscription.pending_msgs
                     more = f", {waiting} messages wait for it" if waiting else ""
                     return f"a handler on {subscription.subject!r} of {_name(client)} is at work{more}"
-            if client._pool.busy:
+            if client.stats().at_work:
                 return f"a handler or callback of {_name(client)} is at work"
         return None
 
@@ -348,5 +348,4 @@ class _MemoryClient(EventClient):
 
 
 def _name(client: EventClient) -> str:
-    name = client._options.name
-    return f"client {name!r}" if name else "a client"
+    return f"client {client.name!r}" if client.name else "a client"
