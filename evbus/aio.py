@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -208,10 +208,10 @@ class AsyncEventClient:
 
     def _close(self, drain: bool) -> Unfinished:
         self._session.set_status(ConnectStatus.CLOSED)
-        closing = Closing(self._session)
+        end = Closing(self._session)
         if self._core is not None:
             self._core.close()
-        left = closing.finish(list(self._subscriptions.values()), drain, asyncio.current_task())
+        left = end.finish(list(self._subscriptions.values()), drain, asyncio.current_task())
         self._subscriptions.clear()
         return left
 
@@ -512,9 +512,10 @@ class AsyncEventClient:
             return 0
         ending = Ending(self._session, subscription, drain, seconds, asyncio.current_task())
         try:
-            for start, left in ending.steps():
-                with suppress(EvbusError):  # without the connection, or late, it is over too
-                    await self._waiting.outcome(start, left)
+            with closing(ending.steps()) as steps:
+                for start, left in steps:
+                    with suppress(EvbusError):  # without the connection, or late, it is over too
+                        await self._waiting.outcome(start, left)
         finally:
             self._subscriptions.pop(subscription.interest, None)
         return ending.unhandled

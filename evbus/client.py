@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -187,9 +187,9 @@ class EventClient:
             if drain and self._session.is_connected:
                 self._drain(time.monotonic() + (_LONG_S if seconds is None else seconds))
             self._session.set_status(ConnectStatus.CLOSED)
-            closing = Closing(self._session)
+            end = Closing(self._session)
             self._io.stop()
-            left = closing.finish(list(self._subscriptions.values()), drain, threading.get_ident())
+            left = end.finish(list(self._subscriptions.values()), drain, threading.get_ident())
             self._subscriptions.clear()
             self._pool.close()
         return left
@@ -481,9 +481,10 @@ class EventClient:
             return 0
         ending = Ending(self._session, subscription, drain, seconds, threading.get_ident())
         try:
-            for start, left in ending.steps():
-                with suppress(EvbusError):  # without the connection, or late, it is over too
-                    self._waiting.outcome(start, left)
+            with closing(ending.steps()) as steps:
+                for start, left in steps:
+                    with suppress(EvbusError):  # without the connection, or late, it is over too
+                        self._waiting.outcome(start, left)
         finally:
             self._subscriptions.pop(subscription.interest, None)
         return ending.unhandled

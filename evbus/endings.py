@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Protocol
 
 from evbus._inbox import Waiter
@@ -61,8 +61,8 @@ class Ending:
         self._seconds = seconds
         self._worker = worker
 
-    def steps(self) -> Iterator[Step]:
-        """The steps. Left early, the subscription ends at once."""
+    def steps(self) -> Generator[Step, None, None]:
+        """The steps. Closed early, the subscription ends at once."""
         session, subscription = self._session, self._subscription
         interest, runner = subscription.interest, subscription.runner
         discard = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from contextvars import Token
 from typing import Any
 
@@ -96,8 +97,10 @@ class HandlerRunner:
         return waiter
 
     def _drained(self) -> None:
-        while self._drains:
-            self._drains.pop().resolve()
+        # Others may be at it, too.
+        with suppress(IndexError):
+            while True:
+                self._drains.pop().resolve()
 
     def _events(self, batch: Batch) -> None:
         """A batch without a query: the loop that has to be fast."""
