@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     )
     from evbus.events import Query, event
     from evbus.limits import UNLIMITED, Limits
-    from evbus.message import ClientStats, ConnectStatus, Gap, Message, Receipt
+    from evbus.message import ClientStats, ConnectStatus, Gap, Message, Receipt, Unfinished
     from evbus.options import ClientLimits, Reconnect
     from evbus.replies import Reply
     from evbus.routers import EventRouter
@@ -103,6 +103,7 @@ __all__ = [
     "ServerStartError",
     "SlowConsumerError",
     "Subscription",
+    "Unfinished",
     "__version__",
     "connect",
     "event",
@@ -128,6 +129,7 @@ _HOMES = {
     "Reply": "replies",
     "Subscription": "subscription",
     "UNLIMITED": "limits",
+    "Unfinished": "message",
     "connect": "client",
     "event": "events",
 }

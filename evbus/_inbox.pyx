@@ -337,6 +337,7 @@ cdef class Inbox:
         fields.deadline_ms = 0
         fields.headers.size = 0
         fields.flags = F_QUERY if is_query else 0
+        packet.system_id = 0  # does not name the sender here
         # Only the id tells an answer from an event here.
         if not is_query and fields.task_id.size and self.waiters:
             waiter = <Waiter>self.waiters.get(bytes_of(fields.task_id))

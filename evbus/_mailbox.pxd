@@ -13,7 +13,7 @@ cdef enum:
 
 cdef class Batch:
     cdef list items
-    cdef size_t taken
+    cdef readonly size_t taken
     cdef size_t size
     cdef readonly bint plain
     cdef list gaps

@@ -19,6 +19,8 @@ class Batch:
 
     plain: bool
     """Whether there is no query among them, and no gap before them."""
+    taken: int
+    """How many were taken."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Batch: ...

@@ -27,7 +27,8 @@ class Message:
     codec: int
     """How the payload is encoded: a `wire.Codec`."""
     sender: int
-    """Connection id of the publisher as the server knows it; of an answer, of the responder."""
+    """Connection id of the publisher as the server knows it; of an answer, of the responder. 0 from a version-1 server,
+    which does not tell."""
     deadline_ms: int
     """Of a query: how long its asker waits, in milliseconds from its arrival at the server; 0 if unknown."""
 

@@ -1,7 +1,7 @@
 """The asyncio client: a thin shell that suspends and resumes. What is said and heard is the session's business.
 
-All of a client belongs to the event loop on which it connects, its handlers and callbacks too. Nothing here may be
-called from other threads.
+All of a client belongs to the event loop on which it connects, its handlers and callbacks too, except plain handlers if
+it is given an executor for them. Nothing here may be called from other threads.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import suppress
+from concurrent.futures import Executor
+from contextlib import closing, suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
 from evbus._clock import SystemClock
-from evbus._inbox import Waiter
 from evbus._message import Message
 from evbus._outbox import PACK_YIELD
 from evbus.aio_loop import AsyncDialler, AsyncWaiting, Callbacks, LoopReactor, Tasks, dial_async
 from evbus.aio_replies import AsyncReplies
 from evbus.aio_subscription import AsyncSubscription
 from evbus.connector import Connector
-from evbus.correlation import Notify
 from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, Server, check_servers
+from evbus.endings import Closing, Ending
 from evbus.errors import ClientClosedError, EvbusError
 from evbus.events import AsyncAnswering, Handling, Query, subscribed
 from evbus.gaps import OnGap
-from evbus.message import ClientStats, ConnectStatus, Receipt
+from evbus.message import ClientStats, ConnectStatus, Receipt, Unfinished
 from evbus.options import ClientLimits, Reconnect, SessionOptions, check_reconnect, check_timeout
 from evbus.payload import OMITTED, codec_from_name
 from evbus.plan import Interest
@@ -38,7 +38,7 @@ from evbus.requests import Publishing, Requests
 from evbus.routers import EventRouter
 from evbus.session import Session
 from evbus.signatures import Handler
-from evbus.subscription import Wishes
+from evbus.subscription import Wishes, matching
 from evbus.transport import Transport
 from evbus.wire import Codec
 
@@ -74,12 +74,20 @@ class AsyncEventClient:
             restored. False: it is not. `Reconnect(...)` for other pauses, or a buffer for what is published meanwhile.
         heartbeat: seconds between heartbeats. A server silent for twice as long is taken for lost.
         limits: what this client keeps in memory, and takes from a server.
+        warn_after: seconds; a call of a handler that takes longer is reported once, by a warning with its stack in the
+            log, and counted (`ClientStats.slow_handlers`). None: never.
         on_error: `on_error(error, message)` gets what no call can raise: a handler's exception (with the message it was
             given), an error the server reports, a lost connection (with None).
         on_status: `on_status(status)` gets each change of `status`.
 
-    Handlers and both callbacks may be coroutine functions or plain functions. They run on the loop; a plain one that
-    takes its time holds up everything else there.
+        executor: runs handlers that are plain functions, so that one that takes its time holds up nothing else; for
+            example a ThreadPoolExecutor, which the user shuts down. It must run them in this process.
+
+    Handlers and both callbacks may be coroutine functions or plain functions. They run on the loop, except that plain
+    handlers run on the `executor`, if there is one: still one message after the other for each subscription, with the
+    context variables of its task. The client belongs to the loop all the same. A handler on the executor may return an
+    answer, and call `Message.reply` and `Message.fail`; to publish from there, use
+    `asyncio.run_coroutine_threadsafe(client.publish(...), loop).result()`.
 
     Raises:
         ConfigError: an option makes no sense.
@@ -104,8 +112,10 @@ class AsyncEventClient:
         reconnect: bool | Reconnect = True,
         heartbeat: float = 5.0,
         limits: ClientLimits | None = None,
+        warn_after: float | None = 10.0,
         on_error: Callable[[BaseException, Message | None], object] | None = None,
         on_status: Callable[[ConnectStatus], object] | None = None,
+        executor: Executor | None = None,
     ) -> None:
         self._servers = check_servers(host, port, servers)
         self._options = SessionOptions(
@@ -115,6 +125,7 @@ class AsyncEventClient:
             codec=codec_from_name(codec),
             limits=limits if limits is not None else ClientLimits(),
             reconnect=check_reconnect(reconnect),
+            warn_after_s=warn_after,
         )
         self._tasks = Tasks()
         callbacks = Callbacks(self._tasks)
@@ -124,7 +135,9 @@ class AsyncEventClient:
         self._session.outbox.gather()
         self._waiting = AsyncWaiting(self._session)
         self._requests = Requests(self._session)
-        self._session.answers.send = self._waiting.push_now
+        self._session.answers.send = self._waiting.send
+        self._session.answers.call = self._waiting.call
+        self._executor = executor
         self._pack_event = self._session.outbox.pack_event
         self._dialler = AsyncDialler(self._dial)
         self._connector: Connector[Server] | None = None
@@ -158,6 +171,7 @@ class AsyncEventClient:
             connector = self._connector
             if connector is None:
                 self._loop = asyncio.get_running_loop()
+                self._waiting.belong_to(self._loop)
                 reactor = self._make_reactor(self._loop)
                 connector = self._connector = Connector(reactor, self._session, self._servers, self._dialler)
             try:
@@ -189,7 +203,7 @@ class AsyncEventClient:
         await self._waiting.outcome(connector.expect, seconds)
         return self
 
-    async def disconnect(self, drain: bool = True, timeout: float = 5.0) -> None:
+    async def disconnect(self, drain: bool = True, timeout: float = 5.0) -> Unfinished:
         """Close the client for good; another one must be made to connect again. Again: nothing happens.
 
         Args:
@@ -198,42 +212,42 @@ class AsyncEventClient:
             timeout: seconds for the drain; what was not finished by then is logged and
                 discarded, and handlers still at work are cancelled.
 
+        Returns:
+            what was left; nothing if another call closes the client, or has closed it.
+
         A handler may call it; it does not wait for itself. Cancelled, it closes the client all the same, at once.
         """
         seconds = check_timeout(timeout, zero=True)
         if self._session.is_closing:  # by another task, or by the one whose handler this is
-            return
+            return Unfinished()
         if self._connector is not None:
             self._connector.stop()  # whoever is connecting need not wait for the end of it
         async with self._life:
             if self._session.is_closing:
-                return
+                return Unfinished()
             try:
                 if drain and self._session.is_connected:
                     await self._drain(time.monotonic() + (_LONG_S if seconds is None else seconds))
             finally:
-                self._close()
+                left = self._close(drain)
                 await self._dialler.cancel()
                 await self._tasks.cancel()
+        return left
 
     async def _drain(self, deadline: float) -> None:
         with suppress(EvbusError):  # no time left, or no connection: then there is nothing more to do
             await self._waiting.outcome(self._session.drain, deadline - time.monotonic())
-            if not await self._tasks.wait_idle(deadline - time.monotonic()):
-                _log.warning(
-                    "closing with %d messages unhandled, as handlers did not finish in time",
-                    self._session.stats().pending_msgs,
-                )
+            await self._tasks.wait_idle(deadline - time.monotonic())
             await self._waiting.outcome(self._session.flush, deadline - time.monotonic())
 
-    def _close(self) -> None:
+    def _close(self, drain: bool) -> Unfinished:
+        end = Closing(self._session)
         self._session.closed()
         if self._connector is not None:
             self._connector.close()
-        for interest, subscription in list(self._subscriptions.items()):
-            self._session.unsubscribe(interest)
-            subscription._ended()
+        left = end.finish(list(self._subscriptions.values()), drain, asyncio.current_task())
         self._subscriptions.clear()
+        return left
 
     @property
     def status(self) -> ConnectStatus:
@@ -247,7 +261,17 @@ class AsyncEventClient:
 
     def stats(self) -> ClientStats:
         """Counters since the client was made, and what waits now."""
-        return self._session.stats()
+        return self._session.stats(self._tasks.busy)
+
+    @property
+    def name(self) -> str:
+        """What the server calls this client; empty if it was given no name."""
+        return self._options.name
+
+    @property
+    def subscriptions(self) -> tuple[AsyncSubscription, ...]:
+        """The subscriptions that were not unsubscribed yet, in the order in which they were made."""
+        return tuple(self._subscriptions.values())
 
     async def rtt(self, timeout: float | None = 3.0) -> float:
         """Seconds that the server takes to answer, everything sent before included.
@@ -455,23 +479,27 @@ class AsyncEventClient:
         """
         return self._decorator(subject, Wishes(type, group, concurrency, responder=True))
 
-    async def unsubscribe(self, subject: str | type | AsyncSubscription, handler: Handler | None = None) -> None:
+    async def unsubscribe(
+        self,
+        subject: str | type | AsyncSubscription,
+        handler: Handler | None = None,
+        *,
+        drain: bool = False,
+        timeout: float | None = 5.0,
+    ) -> int:
         """End subscriptions: one, or those on exactly that subject or pattern, or of them those with that handler.
 
-        Returns when the server has confirmed; no handler call begins after that, and what was waiting is discarded. If
+        Returns when the server has confirmed, with the number of messages that were waiting and are not handled. If
         there is no such subscription nothing happens.
+
+        Args:
+            drain, timeout: as for `AsyncSubscription.unsubscribe`; the seconds are for each one.
         """
-        if isinstance(subject, AsyncSubscription):
-            found = [item for item in list(self._subscriptions.items()) if item[1] is subject]
-        else:
-            subject, _ = subscribed(subject, None, None)
-            found = [
-                (interest, subscription)
-                for interest, subscription in list(self._subscriptions.items())
-                if interest.subject == subject and (handler is None or subscription.handler == handler)
-            ]
-        for interest, subscription in found:
-            await self._end(interest, subscription)
+        seconds = check_timeout(timeout, zero=True)
+        unhandled = 0
+        for subscription in matching(self._subscriptions, subject, handler):
+            unhandled += await self._end(subscription, drain, seconds)
+        return unhandled
 
     def _decorator(self, subject: str | type, wishes: Wishes) -> Callable[[F], F]:
         def decorate(handler: F) -> F:
@@ -508,7 +536,7 @@ class AsyncEventClient:
             await self._waiting.outcome(lambda notify: self._session.subscribe(interest, notify), None)
         except BaseException:
             self._forget(interest)
-            subscription._ended()
+            subscription.ended()
             raise
         return subscription
 
@@ -517,7 +545,7 @@ class AsyncEventClient:
             subject, wanted = subscribed(subject, handler, wishes.type)
             wishes = replace(wishes, type=wanted)
         subscription = AsyncSubscription.make(
-            self._session, subject, handler, wishes, self._waiting, self._tasks, self.unsubscribe
+            self._session, subject, handler, wishes, self._waiting, self._tasks, self._end, self._executor
         )
         self._subscriptions[subscription.interest] = subscription
         return subscription
@@ -526,15 +554,18 @@ class AsyncEventClient:
         self._subscriptions.pop(interest, None)
         self._session.unsubscribe(interest)
 
-    async def _end(self, interest: Interest, subscription: AsyncSubscription) -> None:
-        def begin(notify: Notify) -> Waiter | None:
-            waiter = self._session.unsubscribe(interest, notify)
-            subscription._ended()
-            return waiter
-
-        self._subscriptions.pop(interest, None)
-        with suppress(EvbusError):  # without the connection, or on a server that does not know it, it is over too
-            await self._waiting.outcome(begin, None)
+    async def _end(self, subscription: AsyncSubscription, drain: bool, seconds: float | None) -> int:
+        if subscription.interest not in self._subscriptions:
+            return 0
+        ending = Ending(self._session, subscription, drain, seconds, asyncio.current_task())
+        try:
+            with closing(ending.steps()) as steps:
+                for start, left in steps:
+                    with suppress(EvbusError):  # without the connection, or late, it is over too
+                        await self._waiting.outcome(start, left)
+        finally:
+            self._subscriptions.pop(subscription.interest, None)
+        return ending.unhandled
 
     # ---- publishing and asking ---------------------------------------------------------------------------------------
 

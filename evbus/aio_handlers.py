@@ -9,6 +9,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor
+from contextvars import copy_context
+from functools import partial
 from typing import Any
 
 from evbus._mailbox import Batch, Mailbox
@@ -35,6 +40,7 @@ class AsyncHandlerRunner(HandlerRunner):
 
     Args:
         waiting: where an answer waits for room.
+        executor: runs the handler, if it is a plain function; None: the loop does.
         Others: as for HandlerRunner.
     """
 
@@ -49,19 +55,32 @@ class AsyncHandlerRunner(HandlerRunner):
         waiting: AsyncWaiting,
         *,
         responder: bool = False,
+        executor: Executor | None = None,
     ) -> None:
         super().__init__(session, mailbox, subject, handler, decoder, gaps, responder=responder)
         self._waiting = waiting
         self._coroutine = is_coroutine_function(handler)
+        self._executor = executor if not self._coroutine else None
 
     async def work(self) -> None:
         """Handle what waits, in order, until nothing does. Ends early only if its task is cancelled by the client."""
-        take = self._mailbox.take
+        worker = asyncio.current_task()
+        try:
+            await self._work(worker)
+        finally:
+            self._rest(worker)
+
+    async def _work(self, worker: object) -> None:
+        take, at_work = self._mailbox.take, self.at_work
         batch: Batch | None = None
         handled = 0
         while (batch := take(batch)) is not None:
+            at_work[worker] = batch
             handled += len(batch)
-            if batch.plain:
+            if self._executor is not None:
+                del at_work[worker]  # a thread is
+                await self._work_elsewhere(batch, self._executor)
+            elif batch.plain:
                 await self._work_events(batch)
             else:
                 await self._gaps.tell_async(batch)
@@ -73,6 +92,59 @@ class AsyncHandlerRunner(HandlerRunner):
             if handled >= _TURN_MSGS:
                 handled = 0
                 await asyncio.sleep(0)
+
+    async def _work_elsewhere(self, batch: Batch, executor: Executor) -> None:
+        """A batch for a handler that runs on other threads: one call after the other, as everywhere."""
+        if batch.plain:
+            try:
+                await self._elsewhere(batch, executor, self._events, batch)
+            except Exception as exc:  # noqa: BLE001 - the executor's: what the handler raises is caught there
+                for message in batch:
+                    self._report(exc, message)
+            return
+        for message in batch:
+            if message.is_query:
+                await self._query_elsewhere(batch, executor, message)
+                continue
+            try:
+                await self._elsewhere(batch, executor, self._event, message)
+            except Exception as exc:  # noqa: BLE001 - as above
+                self._report(exc, message)
+
+    async def _query_elsewhere(self, batch: Batch, executor: Executor, message: Message) -> None:
+        """As `_work_query`: only the handler runs elsewhere."""
+        try:
+            answer = await self._elsewhere(batch, executor, self._ask, message)
+            if inspect.isawaitable(answer):
+                answer = await answer
+            if answer is not None or self._responder:
+                await self._send(message, answer)
+                return
+        except BaseException as exc:  # noqa: BLE001 - as below
+            self._query_failed(exc, message)
+            if isinstance(exc, asyncio.CancelledError):
+                self._stop_at(exc)
+            return
+        self._give_up(message, None)
+
+    async def _elsewhere(
+        self, batch: Batch, executor: Executor, function: Callable[[Any], object], argument: object
+    ) -> object:
+        def call() -> object:
+            thread = threading.get_ident()
+            self.at_work[thread] = batch
+            try:
+                return function(argument)
+            except StopIteration as exc:  # which no future can carry
+                raise RuntimeError("the handler raised StopIteration") from exc
+            finally:
+                del self.at_work[thread]
+
+        return await asyncio.get_running_loop().run_in_executor(executor, copy_context().run, call)
+
+    def _report(self, error: BaseException, message: Message) -> None:
+        # What is reported belongs to the loop, as `on_error` does.
+        self._waiting.post(partial(super()._report, error, message))
 
     async def _work_events(self, batch: Batch) -> None:
         """A batch without a query: the loops that have to be fast."""

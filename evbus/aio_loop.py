@@ -5,7 +5,7 @@ to read and write. No stream of asyncio's comes between, so what waits to be sen
 bounded. (`StreamWriter.drain` never waits after `writelines` on some versions of Python: CVE-2024-12254.) A loop that
 cannot watch sockets, which is the proactor loop of Windows, will not do.
 
-Everything here belongs to the loop's thread.
+Everything here belongs to the loop's thread, but what says otherwise.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import asyncio
 import logging
 import os
 import socket
+import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from evbus._inbox import Waiter
 from evbus.connector import Dialled
@@ -31,6 +32,8 @@ from evbus.session import Session
 from evbus.transport import TcpTransport, Transport
 
 __all__ = ["AsyncDialler", "AsyncWaiting", "Callbacks", "LoopReactor", "Tasks", "dial_async", "wake_future"]
+
+T = TypeVar("T")
 
 _log = logging.getLogger("evbus.client")
 
@@ -45,10 +48,11 @@ def wake_future(future: asyncio.Future[None]) -> None:
 
 
 class LoopReactor:
-    """The loop with the methods of a `reactor.Loop`."""
+    """The loop with the methods of a `reactor.Loop`. Made on the loop's thread."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self._thread = threading.get_ident()
         self._callbacks: dict[int, tuple[int, Callable[[int], object]]] = {}
         self.now = loop.time
         self.call_at: Callable[[float, Callable[[], object]], Cancellable] = loop.call_at
@@ -58,8 +62,12 @@ class LoopReactor:
         """Make a call in the loop's next turn."""
         self._loop.call_soon(callback)
 
-    # There is one thread, so nobody has to be woken.
-    call_threadsafe = call_soon
+    def call_threadsafe(self, callback: Callable[[], object]) -> None:
+        """Make a call in the loop's next turn. Any thread."""
+        if threading.get_ident() == self._thread:  # nobody has to be woken
+            self._loop.call_soon(callback)
+        else:
+            self._loop.call_soon_threadsafe(callback)
 
     def register(self, fileobj: HasFileno, events: int, callback: Callable[[int], object]) -> None:
         """Watch a descriptor."""
@@ -100,6 +108,55 @@ class AsyncWaiting:
         self._outbox = session.outbox
         self._outbox.on_room = self._on_room
         self._room: list[asyncio.Future[None]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
+
+    def belong_to(self, loop: asyncio.AbstractEventLoop) -> None:
+        """From now on this is the client's loop; called on it."""
+        self._loop = loop
+        self._thread = threading.get_ident()
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the caller is on another thread than the client's loop."""
+        return self._loop is not None and threading.get_ident() != self._thread
+
+    def post(self, function: Callable[[], object]) -> None:
+        """Make a call on the loop, soon; at once if this is its thread. Any thread."""
+        if self._loop is None or not self.is_elsewhere:
+            function()
+        else:
+            self._loop.call_soon_threadsafe(function)
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Make a call on the loop and return, or raise, what it does. Any thread."""
+        if self._loop is None or not self.is_elsewhere:
+            return function()
+
+        async def make() -> T:
+            return function()
+
+        return asyncio.run_coroutine_threadsafe(make(), self._loop).result()
+
+    def send(self, sending: Sending) -> None:
+        """Get an answer into the buffer. On the loop it does not wait for room; elsewhere the calling thread does.
+
+        Raises:
+            BufferFullError: there is no room.
+        """
+        if self._loop is not None and self.is_elsewhere:
+            asyncio.run_coroutine_threadsafe(self.push(sending, None), self._loop).result()
+        else:
+            self._push_now(sending)
+
+    def _own_loop(self) -> asyncio.AbstractEventLoop:
+        loop = asyncio.get_running_loop()
+        if self._loop is not None and loop is not self._loop:
+            raise RuntimeError(
+                "an AsyncEventClient belongs to the event loop on which it connected; from another thread, use "
+                "asyncio.run_coroutine_threadsafe(...) with that loop"
+            )
+        return loop
 
     async def outcome(self, start: Callable[[Notify], Waiter | None], seconds: float | None) -> Any:
         """Start a request and wait for its outcome.
@@ -108,13 +165,13 @@ class AsyncWaiting:
             start: is given what to call when the outcome is there; returns None if there is nothing to wait for.
             seconds: None: as long as it takes.
         """
-        future = asyncio.get_running_loop().create_future()
+        future = self._own_loop().create_future()
         waiter = start(partial(wake_future, future))
         return await self._wait(waiter, future, seconds, seconds) if waiter is not None else None
 
     async def exchange(self, make: Callable[[Notify], Sending], seconds: float | None) -> Any:
         """Send a message and wait for its outcome; `seconds` are for both."""
-        loop = asyncio.get_running_loop()
+        loop = self._own_loop()
         future = loop.create_future()
         sending = make(partial(wake_future, future))
         left = seconds
@@ -141,7 +198,7 @@ class AsyncWaiting:
         Raises:
             BufferFullError: there was none in time.
         """
-        loop = asyncio.get_running_loop()
+        loop = self._own_loop()
         deadline: float | None = None
         while not sending.pack():
             if not self._outbox.want_room(sending.size):
@@ -153,12 +210,7 @@ class AsyncWaiting:
                 raise self._full()
             await self._wait_for_room(loop, deadline)
 
-    def push_now(self, sending: Sending) -> None:
-        """Get a message into the buffer without waiting, for callers that are no coroutines.
-
-        Raises:
-            BufferFullError: there is no room.
-        """
+    def _push_now(self, sending: Sending) -> None:
         while not sending.pack():
             if self._outbox.want_room(sending.size):
                 raise self._full()
@@ -179,6 +231,9 @@ class AsyncWaiting:
                 self._room.remove(future)
 
     def _on_room(self) -> None:
+        self.post(self._wake_all)
+
+    def _wake_all(self) -> None:
         waiting, self._room = self._room, []
         for future in waiting:
             wake_future(future)
@@ -217,9 +272,9 @@ class Tasks:
         task.add_done_callback(self._tasks.discard)
 
     @property
-    def busy(self) -> bool:
-        """Whether any is at work."""
-        return bool(self._tasks)
+    def busy(self) -> int:
+        """How many there are."""
+        return len(self._tasks)
 
     def _others(self) -> set[asyncio.Task[None]]:
         return self._tasks - {asyncio.current_task()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Executor
 from types import TracebackType
 
 from evbus._mailbox import Batch
@@ -12,10 +13,13 @@ from evbus._message import Message
 from evbus.aio_handlers import AsyncHandlerRunner
 from evbus.aio_loop import AsyncWaiting, Tasks, wake_future
 from evbus.gaps import GapTeller
+from evbus.handlers import HandlerRunner
+from evbus.options import check_timeout
 from evbus.plan import Interest
 from evbus.session import Session
 from evbus.signatures import Handler
-from evbus.subscription import SubscriptionFacts, Wishes, prepare
+from evbus.subscription import SubscriptionFacts, Wishes, look_after, prepare
+from evbus.watch import watcher
 
 __all__ = ["AsyncSubscription"]
 
@@ -35,9 +39,10 @@ class AsyncSubscription(SubscriptionFacts):
         interest: Interest,
         handler: Handler | None,
         gaps: GapTeller,
-        unsubscribe: Callable[[AsyncSubscription], Awaitable[None]],
+        runner: HandlerRunner | None,
+        unsubscribe: Callable[[AsyncSubscription, bool, float | None], Awaitable[int]],
     ) -> None:
-        super().__init__(interest, handler, gaps)
+        super().__init__(interest, handler, gaps, runner)
         self._unsubscribe = unsubscribe
         # What happens to an iterator: True, there are messages and it is our turn to take them; an exception; None, the
         # end.
@@ -58,13 +63,15 @@ class AsyncSubscription(SubscriptionFacts):
         wishes: Wishes,
         waiting: AsyncWaiting,
         tasks: Tasks,
-        unsubscribe: Callable[[AsyncSubscription], Awaitable[None]],
+        unsubscribe: Callable[[AsyncSubscription, bool, float | None], Awaitable[int]],
+        executor: Executor | None = None,
     ) -> AsyncSubscription:
         """A subscription that no server knows yet.
 
         Args:
             waiting, tasks: of the client.
             unsubscribe: what the subscription's own method of that name is to do.
+            executor: runs handlers that are plain functions; None: the loop does.
 
         Raises:
             InvalidSubjectError, ConfigError, TypeError: something makes no sense.
@@ -72,18 +79,29 @@ class AsyncSubscription(SubscriptionFacts):
         interest, decoder = prepare(session, subject, handler, wishes, coroutines=True)
         mailbox = interest.mailbox
         gaps = GapTeller(session.reports, mailbox, subject, wishes.on_gap)
-        if handler is not None:
-            runner = AsyncHandlerRunner(
-                session, mailbox, subject, handler, decoder, gaps, waiting, responder=wishes.responder
-            )
-            mailbox.wake = lambda: tasks.spawn(runner.work())
-        return cls(interest, handler, gaps, unsubscribe)
+        if handler is None:
+            return cls(interest, None, gaps, None, unsubscribe)
+        runner = AsyncHandlerRunner(
+            session, mailbox, subject, handler, decoder, gaps, waiting, responder=wishes.responder, executor=executor
+        )
+        mailbox.wake = lambda: tasks.spawn(runner.work())
+        look_after(session, runner)
+        return cls(interest, handler, gaps, runner, unsubscribe)
 
-    async def unsubscribe(self) -> None:
-        """End it. Returns when the server has confirmed; no handler call begins after that, and what was waiting is
-        discarded (counted in `discarded`). A handler call at work finishes. Again: nothing happens.
+    async def unsubscribe(self, *, drain: bool = False, timeout: float | None = 5.0) -> int:
+        """End it. Returns when the server has confirmed, with the number of messages that were waiting and are not
+        handled.
+
+        Without `drain` no handler call begins after that, and what was waiting is discarded (counted in `discarded`);
+        a handler call at work finishes. Again: nothing happens.
+
+        Args:
+            drain: no more messages come, and the handler finishes those that wait first. Its own handler does not wait
+                for itself: what waits is handled after it. Of a subscription without a handler, what waits can still be
+                taken; then the iteration ends.
+            timeout: seconds for the drain; what is not handled by then is discarded. None: as long as it takes.
         """
-        await self._unsubscribe(self)
+        return await self._unsubscribe(self, drain, check_timeout(timeout, zero=True))
 
     async def next(self, timeout: float | None = None) -> Message:
         """The next message.
@@ -158,10 +176,13 @@ class AsyncSubscription(SubscriptionFacts):
         if not self.interest.active:
             self._tell(None)
 
-    def _ended(self) -> None:
-        """The client has unsubscribed it, or was closed."""
-        self._mailbox.clear()
+    def ended(self, discard: bool = True) -> int:
+        """See `endings.Endable`."""
+        count = self._mailbox.clear() if discard else 0
         self._tell(None)
+        if self.runner is not None:
+            watcher.remove(self.runner)
+        return count
 
     def __aiter__(self) -> AsyncIterator[Message]:
         self._check()

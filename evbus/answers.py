@@ -32,12 +32,14 @@ class Answers:
     Attributes:
         send: gets a Sending into the buffer, waiting for room if need be. The shell's business; by default it does not
             wait.
+        call: makes a call where the buffer may be touched, and returns what it does. The shell's business too.
     """
 
     def __init__(self, correlation: Correlation, codec: Codec) -> None:
         self._correlation = correlation
         self._codec = codec
         self.send: Callable[[Sending], object] = Sending.pack
+        self.call: Callable[[Callable[[], int]], int] = _at_once
 
     def reply(self, message: Message, value: object, headers: Mapping[str, str] | None = None) -> None:
         """See `Message.reply`."""
@@ -99,8 +101,12 @@ class Answers:
             message.subject,
             _cut(text),
         )
-        if outbox.pack_control(packet, True) != PACK_OK:
+        if self.call(lambda: outbox.pack_control(packet, True)) != PACK_OK:
             raise self._correlation.not_connected("fail")
+
+
+def _at_once(function: Callable[[], int]) -> int:
+    return function()
 
 
 def _cut(text: str) -> bytes:

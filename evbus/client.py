@@ -13,21 +13,20 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from evbus._clock import SystemClock
-from evbus._inbox import Waiter
 from evbus._message import Message
-from evbus.correlation import Notify
 from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, Server, check_servers, dial
+from evbus.endings import Closing, Ending
 from evbus.errors import ClientClosedError, EvbusError
 from evbus.events import Answering, Handling, Query, subscribed
 from evbus.gaps import OnGap
 from evbus.io_thread import IoThread
-from evbus.message import ClientOptions, ClientStats, ConnectStatus, Receipt
+from evbus.message import ClientOptions, ClientStats, ConnectStatus, Receipt, Unfinished
 from evbus.options import ClientLimits, Reconnect, SessionOptions, check_reconnect, check_timeout
 from evbus.payload import OMITTED, codec_from_name
 from evbus.plan import Interest
@@ -37,7 +36,7 @@ from evbus.requests import Publishing, Requests
 from evbus.routers import EventRouter
 from evbus.session import Session
 from evbus.signatures import Handler
-from evbus.subscription import Subscription, Wishes
+from evbus.subscription import Subscription, Wishes, matching
 from evbus.sync_replies import Replies
 from evbus.transport import Transport
 from evbus.waiting import Waiting
@@ -79,6 +78,8 @@ class EventClient:
             restored. False: it is not. `Reconnect(...)` for other pauses, or a buffer for what is published meanwhile.
         heartbeat: seconds between heartbeats. A server silent for twice as long is taken for lost.
         limits: what this client keeps in memory, and takes from a server.
+        warn_after: seconds; a call of a handler that takes longer is reported once, by a warning with its stack in the
+            log, and counted (`ClientStats.slow_handlers`). None: never.
         on_error: `on_error(error, message)` gets what no call can raise: a handler's exception (with the message it was
             given), an error the server reports, a lost connection (with None).
         on_status: `on_status(status)` gets each change of `status`.
@@ -108,6 +109,7 @@ class EventClient:
         reconnect: bool | Reconnect = True,
         heartbeat: float = 5.0,
         limits: ClientLimits | None = None,
+        warn_after: float | None = 10.0,
         on_error: Callable[[BaseException, Message | None], object] | None = None,
         on_status: Callable[[ConnectStatus], object] | None = None,
     ) -> None:
@@ -119,6 +121,7 @@ class EventClient:
             codec=codec_from_name(codec),
             limits=limits if limits is not None else ClientLimits(),
             reconnect=check_reconnect(reconnect),
+            warn_after_s=warn_after,
         )
         self._pool = WorkerPool("evbus-worker")
         reports = Reports(SerialQueue(self._pool).post, on_error, on_status)
@@ -184,7 +187,7 @@ class EventClient:
         self._waiting.outcome(lambda notify: self._io.call(lambda: connector.expect(notify)), seconds)
         return self
 
-    def disconnect(self, drain: bool = True, timeout: float = 5.0) -> None:
+    def disconnect(self, drain: bool = True, timeout: float = 5.0) -> Unfinished:
         """Close the client for good; another one must be made to connect again. Again: nothing happens.
 
         Args:
@@ -192,33 +195,32 @@ class EventClient:
                 takes everything published. False: whatever waits is discarded.
             timeout: seconds for the drain; what was not finished by then is logged and discarded.
 
+        Returns:
+            what was left; nothing if another call closes the client, or has closed it.
+
         A handler may call it; it does not wait for itself.
         """
         seconds = check_timeout(timeout, zero=True)
         if self._session.is_closing:  # by another thread, or by the one whose handler this is
-            return
+            return Unfinished()
         self._io.interrupt()  # whoever is connecting need not wait for the end of it
         with self._life:
             if self._session.is_closing:
-                return
+                return Unfinished()
             if drain and self._session.is_connected:
                 self._drain(time.monotonic() + (_LONG_S if seconds is None else seconds))
+            end = Closing(self._session)
             self._session.closed()
             self._io.stop()
-            for interest, subscription in list(self._subscriptions.items()):
-                self._session.unsubscribe(interest)
-                subscription._ended()
+            left = end.finish(list(self._subscriptions.values()), drain, threading.get_ident())
             self._subscriptions.clear()
             self._pool.close()
+        return left
 
     def _drain(self, deadline: float) -> None:
         with suppress(EvbusError):  # no time left, or no connection: then there is nothing more to do
             self._waiting.outcome(self._session.drain, deadline - time.monotonic())
-            if not self._pool.wait_idle(deadline - time.monotonic()):
-                _log.warning(
-                    "closing with %d messages unhandled, as handlers did not finish in time",
-                    self._session.stats().pending_msgs,
-                )
+            self._pool.wait_idle(deadline - time.monotonic())
             self._waiting.outcome(self._session.flush, deadline - time.monotonic())
 
     @property
@@ -233,7 +235,17 @@ class EventClient:
 
     def stats(self) -> ClientStats:
         """Counters since the client was made, and what waits now."""
-        return self._session.stats()
+        return self._session.stats(self._pool.busy)
+
+    @property
+    def name(self) -> str:
+        """What the server calls this client; empty if it was given no name."""
+        return self._options.name
+
+    @property
+    def subscriptions(self) -> tuple[Subscription, ...]:
+        """The subscriptions that were not unsubscribed yet, in the order in which they were made."""
+        return tuple(self._subscriptions.values())
 
     def rtt(self, timeout: float | None = 3.0) -> float:
         """Seconds that the server takes to answer, everything sent before included.
@@ -462,31 +474,33 @@ class EventClient:
             raise
         return made
 
-    def unsubscribe(self, subject: str | type[Any] | Subscription, handler: Handler | None = None) -> None:
+    def unsubscribe(
+        self,
+        subject: str | type[Any] | Subscription,
+        handler: Handler | None = None,
+        *,
+        drain: bool = False,
+        timeout: float | None = 5.0,
+    ) -> int:
         """End subscriptions: one, or those on exactly that subject or pattern, or of them those with that handler.
 
-        Returns when the server has confirmed; no handler call begins after that, and what was waiting is discarded. If
+        Returns when the server has confirmed, with the number of messages that were waiting and are not handled. If
         there is no such subscription nothing happens.
+
+        Args:
+            drain, timeout: as for `Subscription.unsubscribe`; the seconds are for each one.
         """
-        found: list[tuple[Interest, Subscription]] = []
-        if isinstance(subject, Subscription):
-            if subject.interest in self._subscriptions:
-                found = [(subject.interest, subject)]
-        else:
-            subject, _ = subscribed(subject, None, None)
-            found = [
-                (interest, subscription)
-                for interest, subscription in list(self._subscriptions.items())
-                if interest.subject == subject and (handler is None or subscription.handler == handler)
-            ]
-        for interest, subscription in found:
-            self._end(interest, subscription)
+        seconds = check_timeout(timeout, zero=True)
+        unhandled = 0
+        for subscription in matching(self._subscriptions, subject, handler):
+            unhandled += self._end(subscription, drain, seconds)
+        return unhandled
 
     def _subscribe(self, subject: str | type, handler: Handler | None, wishes: Wishes) -> Subscription:
         if not isinstance(subject, str):
             subject, wanted = subscribed(subject, handler, wishes.type)
             wishes = replace(wishes, type=wanted)
-        subscription = Subscription.make(self._session, subject, handler, wishes, self._io.submit, self.unsubscribe)
+        subscription = Subscription.make(self._session, subject, handler, wishes, self._io.submit, self._end)
         interest = subscription.interest
         self._subscriptions[interest] = subscription
         try:
@@ -494,18 +508,22 @@ class EventClient:
         except BaseException:
             self._subscriptions.pop(interest, None)
             self._session.unsubscribe(interest)
+            subscription.ended()
             raise
         return subscription
 
-    def _end(self, interest: Interest, subscription: Subscription) -> None:
-        def begin(notify: Notify) -> Waiter | None:
-            waiter = self._session.unsubscribe(interest, notify)
-            subscription._ended()
-            return waiter
-
-        self._subscriptions.pop(interest, None)
-        with suppress(EvbusError):  # without the connection, or on a server that does not know it, it is over too
-            self._waiting.outcome(begin, None)
+    def _end(self, subscription: Subscription, drain: bool, seconds: float | None) -> int:
+        if subscription.interest not in self._subscriptions:
+            return 0
+        ending = Ending(self._session, subscription, drain, seconds, threading.get_ident())
+        try:
+            with closing(ending.steps()) as steps:
+                for start, left in steps:
+                    with suppress(EvbusError):  # without the connection, or late, it is over too
+                        self._waiting.outcome(start, left)
+        finally:
+            self._subscriptions.pop(subscription.interest, None)
+        return ending.unhandled
 
     # ---- publishing and asking ---------------------------------------------------------------------------------------
 

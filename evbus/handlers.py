@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from contextvars import Token
 from typing import Any
 
+from evbus._inbox import Waiter
 from evbus._mailbox import Batch, Mailbox
 from evbus._message import Message, claim_answer, handler_done
 from evbus.answers import current_query
-from evbus.correlation import AnsweredError
+from evbus.correlation import AnsweredError, Notify
 from evbus.errors import CodecError, NotConnectedError
 from evbus.gaps import GapTeller
 from evbus.payload import Decoder
@@ -33,6 +35,9 @@ class HandlerRunner:
         decoder: makes its argument; None if it takes the Message.
         gaps: tells of messages that are missing.
         responder: its return value is always the answer to a query, None included.
+
+    Attributes:
+        at_work: whoever runs it (a thread, a task), and the batch that it is at.
     """
 
     def __init__(
@@ -48,17 +53,24 @@ class HandlerRunner:
     ) -> None:
         self.handler = handler
         self._gaps = gaps
+        self.subject = subject
+        self.at_work: dict[object, Batch] = {}
+        self._drains: list[Waiter] = []
         self._session = session
         self._mailbox = mailbox
-        self._subject = subject
         self._decoder = decoder
         self._responder = responder
 
-    def run(self) -> None:
-        """Handle what waits, in order, until nothing does. Raises nothing, whatever the handler does."""
-        take = self._mailbox.take
+    def run(self, worker: object = None) -> None:
+        """Handle what waits, in order, until nothing does. Raises nothing, whatever the handler does.
+
+        Args:
+            worker: who does it; nobody else has that name at the same time.
+        """
+        take, at_work = self._mailbox.take, self.at_work
         batch: Batch | None = None
         while (batch := take(batch)) is not None:
+            at_work[worker] = batch
             if batch.plain:
                 self._events(batch)
             else:
@@ -68,6 +80,32 @@ class HandlerRunner:
                         self._query(message)
                     else:
                         self._event(message)
+        self._rest(worker)
+
+    def _rest(self, worker: object) -> None:
+        """A worker has found nothing more to do."""
+        self.at_work.pop(worker, None)
+        if self._drains and self._mailbox.is_idle:
+            self._drained()
+
+    def slow(self, seconds: float, stack: str) -> None:
+        """A call of the handler takes long; see `watch.Watched`. Any thread."""
+        self._session.reports.slow_handler(self.subject, seconds, stack)
+
+    def drained(self, notify: Notify) -> Waiter:
+        """The waiter for the moment when nothing waits and nobody is at work."""
+        waiter = Waiter(b"", self.subject, "drain", notify)
+        self._drains.append(waiter)
+        # After that, so that whoever comes to rest just now either sees the waiter or is seen.
+        if self._mailbox.is_idle:
+            self._drained()
+        return waiter
+
+    def _drained(self) -> None:
+        # Others may be at it, too.
+        with suppress(IndexError):
+            while True:
+                self._drains.pop().resolve()
 
     def _events(self, batch: Batch) -> None:
         """A batch without a query: the loop that has to be fast."""
@@ -157,7 +195,7 @@ class HandlerRunner:
         if isinstance(error, CodecError) and not error.subject:
             error.subject = message.subject
         self._mailbox.count_error()
-        self._session.reports.handler_error(error, message, self._subject)
+        self._session.reports.handler_error(error, message, self.subject)
 
 
 def _text(error: BaseException) -> str:

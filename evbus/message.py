@@ -10,7 +10,7 @@ from typing import TypedDict
 from evbus._message import Message
 from evbus.options import ClientLimits, Reconnect
 
-__all__ = ["ClientOptions", "ClientStats", "ConnectStatus", "Gap", "Message", "Receipt"]
+__all__ = ["ClientOptions", "ClientStats", "ConnectStatus", "Gap", "Message", "Receipt", "Unfinished"]
 
 
 class ConnectStatus(Enum):
@@ -59,6 +59,23 @@ class Gap:
 
 
 @dataclass(frozen=True)
+class Unfinished:
+    """What a client had to leave when it was closed. False, in an `if`, when there was nothing."""
+
+    messages: int = 0
+    """Messages that waited for their handlers, or to be taken, and were discarded."""
+    handlers: int = 0
+    """Subscriptions whose handler was still at work, not counting one that closed the client itself."""
+    unsent_bytes: int = 0
+    """Bytes that were published and not sent."""
+    queries: int = 0
+    """Queries and confirmations that were still waited for; they raise ClientClosedError."""
+
+    def __bool__(self) -> bool:
+        return bool(self.messages or self.handlers or self.unsent_bytes or self.queries)
+
+
+@dataclass(frozen=True)
 class ClientStats:
     """Counters of one client since it was made, and what waits now."""
 
@@ -74,6 +91,8 @@ class ClientStats:
     """Messages that found their subscription's queue full, or its subscription ended."""
     server_errors: int
     """Errors that the server sent without being asked, such as those for publishes without confirmation."""
+    slow_handlers: int
+    """Calls of handlers that took longer than `warn_after`."""
     missed: int
     """Messages that gaps told of: those that the server had to drop for this client, and those that found the queue of
     their subscription full and were dropped by its `overflow`."""
@@ -93,6 +112,8 @@ class ClientStats:
     """Bytes that a connection took with it, or that were published for one that never came back."""
     pending_msgs: int
     """Messages that wait for handlers now."""
+    at_work: int
+    """Subscriptions whose handler is at work now, and callbacks (`on_error`, `on_status`) that are."""
 
 
 class ClientOptions(TypedDict, total=False):
@@ -104,5 +125,6 @@ class ClientOptions(TypedDict, total=False):
     reconnect: bool | Reconnect
     heartbeat: float
     limits: ClientLimits | None
+    warn_after: float | None
     on_error: Callable[[BaseException, Message | None], object] | None
     on_status: Callable[[ConnectStatus], object] | None

@@ -137,6 +137,9 @@ class SessionOptions:
     reconnect: Reconnect | None = None
     """What happens when the connection is lost; None: nothing."""
 
+    warn_after_s: float | None = 10.0
+    """Seconds after which a handler's call is reported as slow; None for never."""
+
     def __post_init__(self) -> None:
         """Check each value."""
         _text("name", self.name, _MAX_NAME_BYTES)
@@ -148,6 +151,9 @@ class SessionOptions:
         low, high = HEARTBEAT_RANGE_S
         if not isinstance(beat, (int, float)) or isinstance(beat, bool) or not low <= beat <= high:
             raise ConfigError("heartbeat", f"must be from {low:g} to {high:g} seconds, not {beat!r}")
+        warn: object = self.warn_after_s
+        if warn is not None and (not isinstance(warn, (int, float)) or isinstance(warn, bool) or not warn > 0):
+            raise ConfigError("warn_after", f"must be a number of seconds above 0, or None for never, not {warn!r}")
 
     def __repr__(self) -> str:
         # Without the token: representations end up in logs.

@@ -30,6 +30,7 @@ class Interest:
         tokens: of a pattern; None for a plain subject.
         mailbox: where its messages wait.
         active: whether it is in the plan.
+        leaving: the server has been told that it ends; it is in the plan for what is still on its way.
         on_lost: called with the reason when no more messages will come, but not by `unsubscribe`. On the I/O thread, so
             it must be quick and run no user code.
 
@@ -37,7 +38,19 @@ class Interest:
         InvalidSubjectError, ConfigError: subject or group break the rules.
     """
 
-    __slots__ = ("active", "group", "key", "mailbox", "on_lost", "overflow", "role", "sid", "subject", "tokens")
+    __slots__ = (
+        "active",
+        "group",
+        "key",
+        "leaving",
+        "mailbox",
+        "on_lost",
+        "overflow",
+        "role",
+        "sid",
+        "subject",
+        "tokens",
+    )
 
     mailbox: Mailbox
 
@@ -58,6 +71,7 @@ class Interest:
         self.overflow = overflow
         self.tokens = tuple(self.key.split(b".")) if has_wildcard(self.key) else None
         self.active = False
+        self.leaving = False
         self.on_lost: Callable[[Exception], object] | None = None
 
     @property

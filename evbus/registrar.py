@@ -80,6 +80,8 @@ class Registrar:
         """A new connection: tell the server of all interests, in their order."""
         told: set[bytes] = set()
         for interest in self.plan:
+            if interest.leaving:
+                continue
             try:
                 self._subscribe(interest, interest.key not in told, None)
             except RefusedError as error:
@@ -156,23 +158,41 @@ class Registrar:
             if not interest.active:
                 return None
             last = self._forget(interest)
-            if not self._outbox.is_open:
+            return None if interest.leaving else self._tell_end(interest, last, notify)
+
+    def withdraw(self, interest: Interest, notify: Notify | None) -> Waiter | None:
+        """Tell the server that an interest ends. What is on its way still finds its mailbox, until it is removed.
+
+        Returns:
+            the waiter for the server's word; None if there is nothing to wait for.
+        """
+        with self._lock:
+            if not interest.active or interest.leaving:
                 return None
-            waiter = self._correlation.waiter("unsubscribe", interest.subject, notify)
-            packet = self._unsubscribe_packet(interest, last, waiter.task_id)
-            if packet is None:
-                return None
-            self._inbox.add_waiter(waiter)
-            if self._outbox.pack_control(packet, notify is not None) == PACK_OK:
-                return waiter
-            self._inbox.pop_waiter(waiter.task_id)
+            interest.leaving = True
+            others = (other for other in self.plan if other.key == interest.key)
+            return self._tell_end(interest, all(other.leaving for other in others), notify)
+
+    def _tell_end(self, interest: Interest, last: bool, notify: Notify | None) -> Waiter | None:
+        if not self._outbox.is_open:
             return None
+        waiter = self._correlation.waiter("unsubscribe", interest.subject, notify)
+        packet = self._unsubscribe_packet(interest, last, waiter.task_id)
+        if packet is None:
+            return None
+        self._inbox.add_waiter(waiter)
+        if self._outbox.pack_control(packet, notify is not None) == PACK_OK:
+            return waiter
+        self._inbox.pop_waiter(waiter.task_id)
+        return None
 
     def withdraw_all(self) -> None:
         """Tell the server that no more messages are wanted. What is on its way still finds its mailbox."""
         with self._lock:
             told: set[bytes] = set()
             for interest in self.plan:
+                if interest.leaving:
+                    continue
                 packet = self._unsubscribe_packet(interest, interest.key not in told, b"")
                 told.add(interest.key)
                 if packet is not None:

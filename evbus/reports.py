@@ -32,6 +32,7 @@ class Reports:
 
     Attributes:
         server_errors: how many were reported.
+        slow_handlers: the same.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Reports:
         self.on_error = on_error
         self.on_status = on_status
         self.server_errors = 0
+        self.slow_handlers = 0
         self._unreported: EvbusError | None = None
 
     def status(self, status: ConnectStatus) -> None:
@@ -82,6 +84,16 @@ class Reports:
         else:
             _log.error("the handler of %s failed", one_line(subject), exc_info=error)
         self._tell(error, message)
+
+    def slow_handler(self, subject: str, seconds: float, stack: str) -> None:
+        """A call of a handler takes long. Any thread.
+
+        Args:
+            seconds: how long it has taken so far.
+            stack: where it is.
+        """
+        self.slow_handlers += 1
+        _log.warning("the handler of %s is at one message for %.1f s:\n%s", one_line(subject), seconds, stack.rstrip())
 
     def _tell(self, error: BaseException, message: Message | None) -> None:
         on_error = self.on_error

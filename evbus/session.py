@@ -72,6 +72,7 @@ class Session:
         status: where the connection stands.
         failure: why the connection must be closed, for the core; None while all is well.
         facts: what the server told of itself; None without a connection.
+        unsent_bytes: what connections took with them, or was published for one that never came.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Session:
         self.status = ConnectStatus.DISCONNECTED
         self.failure: Exception | None = None
         self.facts: ServerFacts | None = None
+        self.unsent_bytes = 0
         high = options.limits.buffer_bytes
         self.outbox = Outbox(clock, high_bytes=high, low_bytes=high // 4)
         self.plan = Plan()
@@ -108,7 +110,6 @@ class Session:
         self._last_heard = 0.0
         self._asked_at: float | None = None
         self._connects = 0
-        self._unsent_bytes = 0
         self._backlog = Backlog(options.reconnect.buffer_bytes if options.reconnect is not None else 0)
         self.correlation.keep = self._keep
 
@@ -276,7 +277,7 @@ class Session:
         """
         with self.lock:
             unsent = self.outbox.drop()
-            self._unsent_bytes += unsent
+            self.unsent_bytes += unsent
             self.inbox.start(HANDSHAKE_PACKET_BYTES)
             waiter = self._handshake
             self._handshake = None
@@ -342,14 +343,12 @@ class Session:
         """The user has ended it."""
         with self.lock:
             self.set_status(ConnectStatus.CLOSED)
-        dropped = self._drop_backlog()
-        if dropped:
-            _log.warning("closing with %d published messages that found no connection", dropped)
+        self._drop_backlog()
 
     def _drop_backlog(self) -> int:
         """Forget what was published while there was no connection. Returns the number of messages."""
         with self.lock:
-            self._unsent_bytes += self._backlog.size
+            self.unsent_bytes += self._backlog.size
             return len(self._backlog.take())
 
     def _keep(self, sending: Sending) -> bool | None:
@@ -392,7 +391,7 @@ class Session:
         _log.info("connected to %s%s", self.address, server)
         self.set_status(ConnectStatus.CONNECTED)
         for subject, size in refused:
-            self._unsent_bytes += size
+            self.unsent_bytes += size
             self.reports.server_error(PayloadTooLargeError(size, facts.payload_bytes, subject))
 
     # ---- requests: any thread ------------------------------------------------------------------------------------
@@ -418,6 +417,14 @@ class Session:
             the waiter for the server's word; None if there is nothing to wait for.
         """
         return self.registrar.remove(interest, notify)
+
+    def withdraw(self, interest: Interest, notify: Notify | None = None) -> Waiter | None:
+        """Tell the server that an interest ends; what is on its way still reaches its mailbox, until `unsubscribe`.
+
+        Returns:
+            the waiter for the server's word; None if there is nothing to wait for.
+        """
+        return self.registrar.withdraw(interest, notify)
 
     def publish(
         self,
@@ -532,8 +539,12 @@ class Session:
 
     # ---- counters ------------------------------------------------------------------------------------------------
 
-    def stats(self) -> ClientStats:
-        """Counters, and what waits now. Any thread."""
+    def stats(self, at_work: int = 0) -> ClientStats:
+        """Counters, and what waits now. Any thread.
+
+        Args:
+            at_work: what runs user code now, which only the shell knows.
+        """
         tally, inbox = self.registrar.tally, self.inbox
         return ClientStats(
             published=self.outbox.packed_msgs,
@@ -543,12 +554,14 @@ class Session:
             dropped=tally.dropped,
             server_errors=self.reports.server_errors,
             missed=tally.missed + inbox.missed_late,
+            slow_handlers=self.reports.slow_handlers,
             late_answers=self.control.late_answers + inbox.late_answers,
             malformed=self.control.malformed + inbox.malformed,
             connects=self._connects,
             subscriptions=len(self.plan),
             pending_queries=inbox.waiting,
             pending_bytes=self.outbox.pending_bytes + self._backlog.size,
-            unsent_bytes=self._unsent_bytes,
+            unsent_bytes=self.unsent_bytes,
             pending_msgs=self.registrar.pending_msgs,
+            at_work=at_work,
         )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from evbus._mailbox import (
     OVERFLOW_BLOCK,
@@ -20,15 +20,18 @@ from evbus._mailbox import (
 )
 from evbus._message import Message
 from evbus.errors import ConfigError
+from evbus.events import subscribed
 from evbus.gaps import GapTeller, OnGap
 from evbus.handlers import HandlerRunner
+from evbus.options import check_timeout
 from evbus.payload import Decoder
 from evbus.plan import Interest
 from evbus.session import Session
 from evbus.signatures import Handler, decoder_for
+from evbus.watch import watcher
 from evbus.wire import Overflow, Role
 
-__all__ = ["Subscription", "SubscriptionFacts", "Wishes", "prepare"]
+__all__ = ["Subscription", "SubscriptionFacts", "Wishes", "look_after", "matching", "prepare"]
 
 
 # What they mean for our own queue, and for the server's.
@@ -97,11 +100,21 @@ def prepare(
     return interest, decoder
 
 
+def look_after(session: Session, runner: HandlerRunner) -> None:
+    """Let slow calls of a handler be reported, as its client's options say."""
+    limit = session.options.warn_after_s
+    if limit is not None:
+        watcher.add(runner, limit)
+
+
 class SubscriptionFacts:
     """What the subscriptions of both clients tell of themselves."""
 
-    def __init__(self, interest: Interest, handler: Handler | None, gaps: GapTeller) -> None:
+    def __init__(
+        self, interest: Interest, handler: Handler | None, gaps: GapTeller, runner: HandlerRunner | None
+    ) -> None:
         self.interest = interest
+        self.runner = runner
         self._gaps = gaps
         self._mailbox = interest.mailbox
         self._handler = handler
@@ -166,6 +179,11 @@ class SubscriptionFacts:
         return self._mailbox.pending_msgs
 
     @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits and the handler is not at work."""
+        return self._mailbox.is_idle
+
+    @property
     def pending_bytes(self) -> int:
         """Bytes of payload and headers that are kept for it."""
         return self._mailbox.pending_bytes
@@ -174,6 +192,25 @@ class SubscriptionFacts:
         state = "" if self.is_active else ", ended"
         group = f" in group {self.group!r}" if self.group else ""
         return f"<Subscription to {self.subject!r}{group}, {self.pending_msgs} waiting{state}>"
+
+
+S = TypeVar("S", bound=SubscriptionFacts)
+
+
+def matching(subscriptions: Mapping[Interest, S], subject: str | type | S, handler: Handler | None) -> list[S]:
+    """Those that the arguments of `unsubscribe` mean.
+
+    Raises:
+        TypeError: there is no subject.
+    """
+    if isinstance(subject, SubscriptionFacts):
+        return [one for one in list(subscriptions.values()) if one is subject]
+    text, _ = subscribed(subject, None, None)
+    return [
+        one
+        for one in list(subscriptions.values())
+        if one.subject == text and (handler is None or one.handler == handler)
+    ]
 
 
 class Subscription(SubscriptionFacts):
@@ -192,9 +229,10 @@ class Subscription(SubscriptionFacts):
         interest: Interest,
         handler: Handler | None,
         gaps: GapTeller,
-        unsubscribe: Callable[[Subscription], object],
+        runner: HandlerRunner | None,
+        unsubscribe: Callable[[Subscription, bool, float | None], int],
     ) -> None:
-        super().__init__(interest, handler, gaps)
+        super().__init__(interest, handler, gaps, runner)
         self._unsubscribe = unsubscribe
         self._taking = threading.RLock()  # held while `on_gap` runs, which may ask for the next message itself
         # What happens to an iterator: True, there are messages and it is our turn to take them; an exception; None, the
@@ -214,7 +252,7 @@ class Subscription(SubscriptionFacts):
         handler: Handler | None,
         wishes: Wishes,
         submit: Callable[[Callable[[], None]], object],
-        unsubscribe: Callable[[Subscription], object],
+        unsubscribe: Callable[[Subscription, bool, float | None], int],
     ) -> Subscription:
         """A subscription that no server knows yet.
 
@@ -228,18 +266,33 @@ class Subscription(SubscriptionFacts):
         interest, decoder = prepare(session, subject, handler, wishes)
         mailbox = interest.mailbox
         gaps = GapTeller(session.reports, mailbox, subject, wishes.on_gap)
-        if handler is not None:
-            runner = HandlerRunner(session, mailbox, subject, handler, decoder, gaps, responder=wishes.responder)
-            mailbox.wake = lambda: submit(runner.run)
-        return cls(interest, handler, gaps, unsubscribe)
+        if handler is None:
+            return cls(interest, None, gaps, None, unsubscribe)
+        runner = HandlerRunner(session, mailbox, subject, handler, decoder, gaps, responder=wishes.responder)
+
+        def work() -> None:
+            runner.run(threading.get_ident())
+
+        mailbox.wake = lambda: submit(work)
+        look_after(session, runner)
+        return cls(interest, handler, gaps, runner, unsubscribe)
 
     # ---- use ---------------------------------------------------------------------------------------------------------
 
-    def unsubscribe(self) -> None:
-        """End it. Returns when the server has confirmed; no handler call begins after that, and what was waiting is
-        discarded (counted in `discarded`). A handler call at work finishes. Again: nothing happens.
+    def unsubscribe(self, *, drain: bool = False, timeout: float | None = 5.0) -> int:
+        """End it. Returns when the server has confirmed, with the number of messages that were waiting and are not
+        handled.
+
+        Without `drain` no handler call begins after that, and what was waiting is discarded (counted in `discarded`);
+        a handler call at work finishes. Again: nothing happens.
+
+        Args:
+            drain: no more messages come, and the handler finishes those that wait first. Its own handler does not wait
+                for itself: what waits is handled after it. Of a subscription without a handler, what waits can still be
+                taken; then the iteration ends.
+            timeout: seconds for the drain; what is not handled by then is discarded. None: as long as it takes.
         """
-        self._unsubscribe(self)
+        return self._unsubscribe(self, drain, check_timeout(timeout, zero=True))
 
     def next(self, timeout: float | None = None) -> Message:
         """The next message.
@@ -292,10 +345,13 @@ class Subscription(SubscriptionFacts):
         if not self.interest.active:
             self._news.put(None)
 
-    def _ended(self) -> None:
-        """The client has unsubscribed it, or was closed."""
-        self._mailbox.clear()
+    def ended(self, discard: bool = True) -> int:
+        """See `endings.Endable`."""
+        count = self._mailbox.clear() if discard else 0
         self._news.put(None)
+        if self.runner is not None:
+            watcher.remove(self.runner)
+        return count
 
     def __iter__(self) -> Iterator[Message]:
         if self._handler is not None:

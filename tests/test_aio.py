@@ -870,13 +870,24 @@ def test_the_same_names_as_the_synchronous_client() -> None:
             (p.name, p.kind, p.default) for p in inspect.signature(theirs).parameters.values()
         ], name
         assert inspect.iscoroutinefunction(ours) == (name not in ("on", "on_query", "query_all", "stats")), name
-    assert list(inspect.signature(AsyncEventClient).parameters) == list(inspect.signature(EventClient).parameters)
+    options = list(inspect.signature(AsyncEventClient).parameters)
+    assert options == [*inspect.signature(EventClient).parameters, "executor"]
 
 
 def test_the_shell_names_no_part_of_the_protocol() -> None:
     for name in ("aio", "aio_loop", "aio_handlers", "aio_replies", "aio_subscription"):
         source = inspect.getsource(importlib.import_module(f"evbus.{name}"))
-        for word in ("TaskId", "task_id", "ObjectId", "object_id", "back-off", "backoff"):
+        for word in (
+            "TaskId",
+            "task_id",
+            "ObjectId",
+            "object_id",
+            "back-off",
+            "backoff",
+            "jitter",
+            "random",
+            "uniform",
+        ):
             assert word not in source, (name, word)
 
 

@@ -1325,9 +1325,19 @@ def test_importing_the_package_is_cheap() -> None:
 def test_the_shell_names_no_part_of_the_protocol() -> None:
     import inspect
 
-    from evbus import client, waiting
+    from evbus import client, endings, io_thread, requests, routers, subscription, sync_replies, waiting, workers
 
-    for module in (client, waiting):
+    for module in (client, endings, io_thread, requests, routers, subscription, sync_replies, waiting, workers):
         source = inspect.getsource(module)
-        for word in ("TaskId", "task_id", "ObjectId", "object_id", "back-off", "backoff"):
+        for word in (
+            "TaskId",
+            "task_id",
+            "ObjectId",
+            "object_id",
+            "back-off",
+            "backoff",
+            "jitter",
+            "random",
+            "uniform",
+        ):
             assert word not in source, (module, word)

@@ -57,6 +57,7 @@ PUBLIC = [
     "SlowConsumerError",
     "Subscription",
     "UNLIMITED",
+    "Unfinished",
     "__version__",
     "connect",
     "event",

@@ -468,7 +468,8 @@ class TestInbox:
         table.inbox.add_waiter(waiter)
 
         def v1(task_id: bytes, is_query: int, data: bytes) -> bytes:
-            return pack(23, 5, 1, 0, 0, "ssBy", task_id, "a", is_query, data)
+            # The SystemId is a time there, and names nobody.
+            return pack(23, 5, 1, 638_000_000_000_000_000, 1_500, "ssBy", task_id, "a", is_query, data)
 
         table.feed(
             v1(b"q1", 1, b"asked ourselves") + v1(b"q1", 0, b"answer") + v1(b"q1", 0, b"event") + v1(b"", 0, b"")
@@ -478,6 +479,7 @@ class TestInbox:
         assert [message.data for message in messages] == [b"asked ourselves", b"event", b""]
         assert [message.is_query for message in messages] == [True, False, False]
         assert {message.codec for message in messages} == {0}
+        assert {(message.sender, message.timestamp) for message in [*messages, waiter.result()]} == {(0, 1.5)}
 
     def test_only_deliveries_of_the_connections_version_count(self) -> None:
         v1 = pack(23, 5, 1, 0, 0, "ssBy", "", "a", 0, b"")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from evbus.aio import AsyncEventClient
@@ -50,7 +50,7 @@ class Seen(ABC):
     def at_work(self) -> str | None:
         """What it is still doing."""
 
-    def _doing(self, subscriptions: list[Any], busy: bool) -> str | None:
+    def _doing(self, subscriptions: Iterable[SubscriptionFacts], busy: bool) -> str | None:
         figures = self.client.stats()
         if figures.pending_queries or figures.pending_bytes:
             return (
@@ -58,8 +58,7 @@ class Seen(ABC):
                 f"{figures.pending_bytes} bytes to send"
             )
         for subscription in subscriptions:
-            assert isinstance(subscription, SubscriptionFacts)
-            if subscription.handler is not None and not subscription.interest.mailbox.is_idle:
+            if subscription.handler is not None and not subscription.is_idle:
                 waiting = subscription.pending_msgs
                 more = f", {waiting} messages wait for it" if waiting else ""
                 return f"a handler on {subscription.subject!r} of {self.name} is at work{more}"
@@ -78,7 +77,7 @@ class SeenSync(Seen):
 
     def at_work(self) -> str | None:
         """See `Seen`."""
-        return self._doing(list(self.client._subscriptions.values()), self.client._pool.busy > 0)
+        return self._doing(self.client.subscriptions, bool(self.client.stats().at_work))
 
 
 class SeenAsync(Seen):
@@ -106,7 +105,7 @@ class SeenAsync(Seen):
         """See `Seen`."""
 
         async def look() -> str | None:
-            return self._doing(list(self.client._subscriptions.values()), self.client._tasks.busy)
+            return self._doing(self.client.subscriptions, bool(self.client.stats().at_work))
 
         try:
             return self._run(look, _TURN_S)
