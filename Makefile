@@ -26,7 +26,7 @@ test: $(VENV)/.tests  ## the default tests
 	$(BIN)/pytest $(ARGS)
 
 test-full: $(VENV)/.tests  ## all tests, those too that take long, or need root and Linux; says what it skipped
-	$(BIN)/pytest -m "" --timeout 900 $(ARGS)
+	$(BIN)/pytest -m "" --timeout 900 -o faulthandler_timeout=850 $(ARGS)
 
 lint: $(VENV)/.develops  ## style, and a build in which any remark of Cython or the C compiler is an error
 	$(BIN)/ruff check .
