@@ -136,7 +136,13 @@ async def a_subscriber_that_makes_its_publishers_wait(bus: Stage) -> None:
         log(number)
 
     subscription = await client.subscribe("n", slow, max_pending_msgs=16, overflow="block")
-    publishing = bus.start(other.publish_many("n", range(500)))
+
+    async def publish() -> int:
+        for number in range(500):
+            await other.publish("n", number)
+        return 500
+
+    publishing = bus.start(publish())
     await bus.until(lambda: subscription.received >= 16)
     release.set()
     assert await publishing == 500
