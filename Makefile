@@ -12,11 +12,11 @@ SOURCES := pyproject.toml setup.py $(wildcard evbus/*.pyx evbus/*.pxd evbus/*.h)
 EXTENSIONS := $(patsubst evbus/%.pyx,evbus.%,$(sort $(wildcard evbus/*.pyx)))
 STUBS := $(patsubst %.pyx,%.pyi,$(sort $(wildcard evbus/*.pyx)))
 
-.PHONY: help demo test lint types format build bench sanitize annotate debug clean
+.PHONY: help demo test test-full lint types format build bench sanitize annotate debug clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1 | /' | \
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1 | /' | \
 	    while IFS='|' read -r name text; do printf '  make %-10s%s\n' "$$name" "$$text"; done
 
 demo: $(VENV)/.runs  ## watch a server and several clients at work
@@ -24,6 +24,9 @@ demo: $(VENV)/.runs  ## watch a server and several clients at work
 
 test: $(VENV)/.tests  ## the default tests
 	$(BIN)/pytest $(ARGS)
+
+test-full: $(VENV)/.tests  ## all tests, those too that take long, or need root and Linux; says what it skipped
+	$(BIN)/pytest -m "" --timeout 900 -o faulthandler_timeout=850 $(ARGS)
 
 lint: $(VENV)/.develops  ## style, and a build in which any remark of Cython or the C compiler is an error
 	$(BIN)/ruff check .

@@ -24,7 +24,8 @@ from typing import Any
 
 from helpers_fake import FakeNetwork, Play, dial_unix
 
-from evbus import AsyncEventClient, AsyncSubscription, EventClient, EventServer, Limits, Message, Subscription
+import evbus
+from evbus import AsyncEventClient, EventClient, EventServer, Limits, Message
 from evbus.dial import Address
 from evbus.testing import Bus, MemoryBus, ServerBus
 from evbus.testing._proxy import Proxy
@@ -354,7 +355,11 @@ class Awaited:
 class PlainStage(Stage):
     """With EventClients."""
 
-    TWINS: typing.ClassVar[dict[type, type]] = {EventClient: AsyncEventClient, Subscription: AsyncSubscription}
+    TWINS: typing.ClassVar[dict[type, type]] = {
+        getattr(evbus, name): getattr(evbus, f"Async{name}")
+        for name in ("EventClient", "Subscription", "Replies")
+        if name in evbus.__all__
+    }
 
     def __init__(self, network: Bus) -> None:
         super().__init__(network)
