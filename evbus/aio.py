@@ -503,11 +503,11 @@ class AsyncEventClient:
 
     def _decorator(self, subject: str | type, wishes: Wishes) -> Callable[[F], F]:
         def decorate(handler: F) -> F:
-            interest = self._prepare(subject, handler, wishes).interest
+            subscription = self._prepare(subject, handler, wishes)
             try:
-                self._session.subscribe(interest)
+                self._session.subscribe(subscription.interest)
             except BaseException:
-                self._forget(interest)
+                self._forget(subscription)
                 raise
             return handler
 
@@ -535,8 +535,7 @@ class AsyncEventClient:
         try:
             await self._waiting.outcome(lambda notify: self._session.subscribe(interest, notify), None)
         except BaseException:
-            self._forget(interest)
-            subscription.ended()
+            self._forget(subscription)
             raise
         return subscription
 
@@ -550,9 +549,10 @@ class AsyncEventClient:
         self._subscriptions[subscription.interest] = subscription
         return subscription
 
-    def _forget(self, interest: Interest) -> None:
-        self._subscriptions.pop(interest, None)
-        self._session.unsubscribe(interest)
+    def _forget(self, subscription: AsyncSubscription) -> None:
+        self._subscriptions.pop(subscription.interest, None)
+        self._session.unsubscribe(subscription.interest)
+        subscription.ended()
 
     async def _end(self, subscription: AsyncSubscription, drain: bool, seconds: float | None) -> int:
         if subscription.interest not in self._subscriptions:

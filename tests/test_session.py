@@ -118,7 +118,7 @@ class Script:
 
     def interest(self, subject: str, handler: Callable[[Any], Any] | None = None, **wishes: Any) -> Interest:
         return Subscription.make(
-            self.session, subject, handler, Wishes(**wishes), lambda job: job(), lambda _: None
+            self.session, subject, handler, Wishes(**wishes), lambda job: job(), lambda *_: 0
         ).interest
 
     def subscribe(self, subject: str, handler: Callable[[Any], Any] | None = None, **wishes: Any) -> Interest:
@@ -447,6 +447,35 @@ class TestSubscriptions:
         script.run_handlers()
         stats = script.session.stats()
         assert (stats.handled, stats.dropped, stats.subscriptions) == (3, 2, 0)
+
+    def test_a_withdrawn_interest_takes_what_is_on_its_way_and_is_not_restored(self) -> None:
+        script = Script()
+        script.connect()
+        leaving, staying = script.subscribe("a"), script.subscribe("a")
+        waiter = script.session.withdraw(leaving, script.note)
+        assert waiter is not None
+        assert script.session.withdraw(leaving) is None
+        ((object_id, version, *_),) = script.said()
+        assert (object_id, version) == (ObjectId.UNSUBSCRIBE, 2)
+        script.hear(delivery("a", b"on its way") + response(waiter.task_id))
+        assert waiter.done
+        assert (leaving.mailbox.received, leaving.active) == (1, True)
+        script.session.lost(None)
+        script.shake()
+        assert [packet[0] for packet in script.echo()] == [ObjectId.SUBSCRIBE]  # of the one that stays
+        assert script.session.unsubscribe(leaving) is None  # the server has nothing to be told
+        script.hear(delivery("a"))
+        assert (leaving.mailbox.received, staying.mailbox.received) == (1, 2)
+
+    def test_a_version_1_server_is_told_of_the_last_one_that_leaves(self) -> None:
+        script = Script()
+        script.connect(wire.Dialect.H23_199)
+        first, second = script.subscribe("a"), script.subscribe("a")
+        assert script.session.withdraw(first) is None
+        assert script.said() == []
+        assert script.session.withdraw(second) is not None
+        ((object_id, version, *_),) = script.said()
+        assert (object_id, version) == (ObjectId.UNSUBSCRIBE, 1)
 
     def test_drain_withdraws_everything_and_still_takes_what_comes(self) -> None:
         script = Script()

@@ -15,7 +15,7 @@ from helpers_server import wait_for
 
 from evbus import AsyncEventClient, ConfigError, EventClient, EventServer, Message
 from evbus._mailbox import Batch
-from evbus.watch import Watch, Watcher, stack_of, watcher
+from evbus.watch import Watch, Watcher, stack_of
 
 WAIT = 10.0
 
@@ -178,11 +178,22 @@ def server() -> Iterator[EventServer]:
         yield server
 
 
+@pytest.fixture
+def watcher(monkeypatch: pytest.MonkeyPatch) -> Watcher:
+    """One that no other test's clients have to do with."""
+    own = Watcher()
+    monkeypatch.setattr("evbus.subscription.watcher", own)
+    monkeypatch.setattr("evbus.aio_subscription.watcher", own)
+    return own
+
+
 def reports(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if "is at one message" in record.getMessage()]
 
 
-def test_a_slow_handler_of_the_synchronous_client(server: EventServer, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_slow_handler_of_the_synchronous_client(
+    server: EventServer, watcher: Watcher, caplog: pytest.LogCaptureFixture
+) -> None:
     gate = threading.Event()
 
     def dig(message: Message) -> None:
@@ -205,7 +216,9 @@ def test_a_slow_handler_of_the_synchronous_client(server: EventServer, caplog: p
 
 
 @pytest.mark.parametrize("kind", ["suspended", "blocking"])
-def test_a_slow_handler_of_the_asyncio_client(server: EventServer, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+def test_a_slow_handler_of_the_asyncio_client(
+    server: EventServer, watcher: Watcher, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
     gate = threading.Event()
 
     async def deeper() -> None:
@@ -242,7 +255,7 @@ def test_a_slow_handler_of_the_asyncio_client(server: EventServer, caplog: pytes
     wait_for(lambda: watcher.thread is None)
 
 
-def test_the_option(server: EventServer, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_option(server: EventServer, watcher: Watcher, caplog: pytest.LogCaptureFixture) -> None:
     for wrong in (0, -1, "10", True, float("nan")):
         for kind in (EventClient, AsyncEventClient):
             with pytest.raises(ConfigError, match="warn_after"):
