@@ -99,7 +99,7 @@ LATER: dict[str, tuple[bytes, tuple[str, ErrorCode] | CloseReason | str]] = {
         ("s", ErrorCode.UNSUPPORTED),
     ),
     "overflow that the server does not have": (
-        v2(ref.SUBSCRIBE, TaskId="s", Subject="x", SubscriptionId=1, Overflow=1),
+        v2(ref.SUBSCRIBE, TaskId="s", Subject="x", SubscriptionId=1, Overflow=3),
         ("s", ErrorCode.UNSUPPORTED),
     ),
     "answer to a query that was never asked": (

@@ -64,6 +64,7 @@ class Script:
         self.now = 100.0
         self.ready: list[Any] = []
         self.notes: list[str] = []
+        self.features: list[str] = []
 
     def flush(self, ring: Ring) -> int:
         self.out.write(ring.take())
@@ -92,7 +93,7 @@ class Script:
         ((_, _, _, _, body),) = self.said()
         task_id = (unpack(body, "b") or ())[0]
         if dialect == wire.Dialect.EVBUS_2:
-            facts = {"version": 2, "server": "test 1", "connection": 5, "limits": limits}
+            facts = {"version": 2, "server": "test 1", "connection": 5, "limits": limits, "features": self.features}
             self.hear(response(task_id, text="evbus/1 " + json.dumps(facts)))
         else:
             self.hear(response(task_id, system_id=TICKS))
@@ -728,6 +729,121 @@ class TestRequests:
         for headers in ({"k": 1}, {"": "v"}, {"k": "v" * 20_000}):
             with pytest.raises(ConfigError, match="headers"):
                 script.session.publish("s", wire.Codec.BYTES, b"", headers=headers)
+
+
+class TestOverflow:
+    def flow(self, script: Script) -> list[tuple[Any, ...]]:
+        """The subscribes (subject, overflow) and credits (sid, messages) that were sent."""
+        found: list[tuple[Any, ...]] = []
+        for packet in script.echo():
+            if packet[0] == ObjectId.SUBSCRIBE:
+                fields = unpack(packet[4], "ssiBBs")
+                assert fields is not None
+                found.append((fields[1], wire.Overflow(fields[4])))
+                script.hear(response(fields[0].encode()))
+            elif packet[0] == ObjectId.CREDIT:
+                found.append(unpack(packet[4], "ii", True) or ())
+        return found
+
+    def test_each_policy_as_the_server_is_told_of_it(self) -> None:
+        script = Script()
+        script.features = ["drop_newest", "credit"]
+        script.connect()
+        for overflow in ("close", "drop_newest", "drop_oldest"):
+            script.session.subscribe(script.interest(overflow, overflow=overflow), script.note)
+        assert self.flow(script) == [
+            ("close", wire.Overflow.CLOSE),
+            ("drop_newest", wire.Overflow.DROP_NEWEST),
+            ("drop_oldest", wire.Overflow.CLOSE),
+        ]
+
+    def test_credit_is_granted_as_handlers_finish_and_anew_with_each_connection(self) -> None:
+        script = Script()
+        script.features = ["credit"]
+        seen: list[bytes] = []
+        limits = {"payload": 1000, "packet": 70_000}
+        script.connect(**limits)
+        interest = script.interest("a", lambda message: seen.append(message.data), overflow="block", max_pending_msgs=8)
+        script.session.subscribe(interest, script.note)
+        sid = interest.sid
+        assert self.flow(script) == [("a", wire.Overflow.BLOCK), (sid, 8)]
+        script.hear(b"".join(delivery("a", b"%d" % n, sid=sid) for n in range(3)))
+        script.run_handlers()
+        assert self.flow(script) == []
+        script.hear(delivery("a", b"3", sid=sid))
+        script.run_handlers()
+        assert self.flow(script) == [(sid, 4)]
+        # A delivery that names no subscription is not for it.
+        script.hear(delivery("a", b"plain"))
+        assert script.session.inbox.unmatched == 1
+        # What waits when the connection goes takes its room of the next window, and is granted when it is handled.
+        script.hear(b"".join(delivery("a", b"%d" % n, sid=sid) for n in range(4, 9)))
+        script.session.lost(None)
+        waiter = script.shake(**limits)
+        assert self.flow(script) == [("a", wire.Overflow.BLOCK), (sid, 3)]
+        assert waiter.done
+        script.run_handlers()
+        assert self.flow(script) == [(sid, 4)]
+        assert seen == [b"%d" % n for n in range(9)]
+        script.session.unsubscribe(interest)
+        script.session.lost(None)
+        assert interest.mailbox.grant is not None
+        interest.mailbox.grant(5)  # by a worker that comes late
+        assert script.said() == []
+
+    def test_the_window_fits_into_the_bytes_that_may_wait(self) -> None:
+        script = Script()
+        script.features = ["credit"]
+        script.connect(payload=1000, packet=70_000)
+        interests = [
+            script.interest("a", overflow="block", max_pending_bytes=size) for size in (1, 700_000, 1_000_000_000)
+        ]
+        for interest in interests:
+            script.session.subscribe(interest, script.note)
+        assert [fields for fields in self.flow(script) if isinstance(fields[0], int)] == [
+            (interests[0].sid, 1),
+            (interests[1].sid, 10),
+            (interests[2].sid, 4096),
+        ]
+
+    def test_more_than_the_window_is_taken_up_to_a_point(self) -> None:
+        script = Script()
+        script.features = ["credit"]
+        script.connect()
+        interest = script.interest("a", overflow="block", max_pending_msgs=2)
+        script.session.subscribe(interest, script.note)
+        self.flow(script)
+        script.hear(delivery("a", sid=interest.sid) * 4098)
+        assert interest.active
+        script.hear(delivery("a", sid=interest.sid))
+        assert not interest.active
+
+    @pytest.mark.parametrize("dialect", [wire.Dialect.EVBUS_2, wire.Dialect.H23_199])
+    def test_what_the_server_does_not_have(self, dialect: int) -> None:
+        script = Script()
+        script.connect(dialect)
+        with pytest.raises(RefusedError, match="block") as caught:
+            script.session.subscribe(script.interest("a", overflow="block"), script.note)
+        assert caught.value.code == ErrorCode.UNSUPPORTED
+        dropping = script.interest("b", overflow="drop_newest")
+        script.session.subscribe(dropping, script.note)
+        (packet,) = script.echo()
+        fields = unpack(packet[4], "ssiBB" if dialect == wire.Dialect.EVBUS_2 else "ss")
+        assert fields is not None
+        assert fields[1] == "b"
+        assert dialect == wire.Dialect.H23_199 or fields[4] == wire.Overflow.CLOSE
+        assert list(script.session.plan) == [dropping]
+
+    def test_a_later_server_that_cannot_hold_back_ends_the_subscription(self) -> None:
+        script = Script()
+        lost: list[Exception] = []
+        interest = script.interest("a", overflow="block")
+        interest.on_lost = lost.append
+        assert script.session.subscribe(interest) is None
+        script.connect()
+        assert not interest.active
+        assert [type(error) for error in lost] == [RefusedError]
+        assert [type(error) for error, _ in script.errors] == [RefusedError]
 
 
 class TestQueriesToUs:
