@@ -131,7 +131,13 @@ class EventClient:
         self._requests = Requests(self._session)
         self._session.answers.send = lambda sending: self._waiting.push(sending, None)
         self._pack_event = self._session.outbox.pack_event
-        self._io = IoThread(self._session, places, self._dial, self._pool, self._make_reactor)
+        self._io = IoThread(
+            self._session,
+            places,
+            lambda server, timeout_s: self._dial(server, timeout_s),
+            self._pool,
+            self._make_reactor,
+        )
         self._life = threading.RLock()  # connect and disconnect, one at a time
         self._subscriptions: dict[Interest, Subscription] = {}
 

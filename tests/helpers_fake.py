@@ -15,26 +15,15 @@ from typing import Any, final
 import reference as ref
 
 from evbus._frame import Ring
-from evbus.dial import Address, dial_tcp, no_connection
+from evbus.dial import Address, Server, UnixAddress, dial
 from evbus.reactor import EVENT_READ, EVENT_WRITE, Reactor
 from evbus.testing import Bus, MemoryBus
 from evbus.testing._memory import MemoryTransport
 from evbus.transport import TcpTransport, Transport
 
-__all__ = ["FakeNetwork", "Peer", "Play", "dial_unix"]
+__all__ = ["FakeNetwork", "Peer", "Play"]
 
 _LIMIT = 1 << 20
-
-
-def dial_unix(address: Address, timeout_s: float) -> TcpTransport:
-    """Connect to a Unix domain socket."""
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        sock.connect(address.host)
-    except OSError as exc:
-        sock.close()
-        raise no_connection(address, exc, timeout_s) from exc
-    return TcpTransport(sock)
 
 
 @final
@@ -117,7 +106,7 @@ class FakeNetwork:
         self._peers: list[Peer] = []
         self._memory = bus._server._net if isinstance(bus, MemoryBus) else None
         self._directory = TemporaryDirectory()
-        self._dial: Callable[[Address, float], Transport]
+        self._dial: Callable[[Server, float], Transport]
         self._reactor = self._memory.reactor() if self._memory is not None else Reactor()
         self._listener = None
         if self._memory is None:
@@ -132,8 +121,7 @@ class FakeNetwork:
         listener.listen()
         listener.setblocking(False)
         self._listener = listener
-        where = Address(path, 1) if unix else Address("127.0.0.1", listener.getsockname()[1])
-        dial = dial_unix if unix else dial_tcp
+        where: Server = UnixAddress(path) if unix else Address("127.0.0.1", listener.getsockname()[1])
         self._dial = lambda _, timeout_s: dial(where, timeout_s)
 
         def on_ready(_: int) -> None:
@@ -145,7 +133,7 @@ class FakeNetwork:
     def _add(self, transport: Transport) -> None:
         self._peers.append(Peer(self._reactor, transport, self._play))
 
-    def dial(self, address: Address, timeout_s: float) -> Transport:
+    def dial(self, address: Server, timeout_s: float) -> Transport:
         """A connection to it."""
         net = self._memory
         if net is None:
@@ -157,7 +145,7 @@ class FakeNetwork:
         self._reactor.call_threadsafe(lambda: self._add(server))
         return client
 
-    async def dial_async(self, address: Address, timeout_s: float) -> Transport:
+    async def dial_async(self, address: Server, timeout_s: float) -> Transport:
         """The same, for asyncio."""
         return self.dial(address, timeout_s)
 

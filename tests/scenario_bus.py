@@ -22,15 +22,13 @@ from collections.abc import Callable, Coroutine, Iterable
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from helpers_fake import FakeNetwork, Play, dial_unix
+from helpers_fake import FakeNetwork, Play
 
 import evbus
 from evbus import AsyncEventClient, EventClient, EventServer, Limits, Message
-from evbus.dial import Address
 from evbus.testing import Bus, MemoryBus, ServerBus
 from evbus.testing._proxy import Proxy
 from evbus.testing._record import Record
-from evbus.transport import TcpTransport
 
 __all__ = ["NETWORKS", "AsyncStage", "PlainStage", "Stage", "UnixBus"]
 
@@ -40,24 +38,6 @@ Body = Callable[["Stage"], Coroutine[Any, Any, None]]
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
-
-
-async def _dial_unix_async(address: Address, timeout_s: float) -> TcpTransport:
-    return dial_unix(address, timeout_s)  # a local path is connected to at once
-
-
-def unix_client(path: str, options: dict[str, Any]) -> EventClient:
-    """A client of a server on a Unix domain socket."""
-    client = EventClient(path, 1, **options)
-    client._dial = dial_unix
-    return client
-
-
-def async_unix_client(path: str, options: dict[str, Any]) -> AsyncEventClient:
-    """The same, for asyncio."""
-    client = AsyncEventClient(path, 1, **options)
-    client._dial = _dial_unix_async
-    return client
 
 
 class UnixBus(Bus):
@@ -75,10 +55,10 @@ class UnixBus(Bus):
         return self.server.stats()
 
     def _new_client(self, options: dict[str, Any]) -> EventClient:
-        return unix_client(self._proxy.path, options)
+        return EventClient(servers=[f"unix://{self._proxy.path}"], **options)
 
     def _new_async_client(self, options: dict[str, Any]) -> AsyncEventClient:
-        return async_unix_client(self._proxy.path, options)
+        return AsyncEventClient(servers=[f"unix://{self._proxy.path}"], **options)
 
     def _end(self) -> None:
         self._proxy.close()

@@ -14,7 +14,7 @@ import pytest
 from helpers_rows import Row
 
 from evbus import AsyncEventClient, EventClient, EventServer, Limits
-from evbus.dial import Address, dial_tcp
+from evbus.dial import Server, dial
 from evbus.transport import TcpTransport
 
 SEND_BUFFER_BYTES = 4608
@@ -36,15 +36,15 @@ def server() -> Iterator[EventServer]:
         yield running
 
 
-def narrow(address: Address, timeout_s: float) -> TcpTransport:
+def narrow(address: Server, timeout_s: float) -> TcpTransport:
     """A connection whose kernel buffer takes a small piece at a time."""
-    transport = dial_tcp(address, timeout_s)
+    transport = dial(address, timeout_s)
     with socket.socket(fileno=socket.dup(transport.fileno())) as sock:  # type: ignore[attr-defined]
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
     return transport
 
 
-async def narrow_async(address: Address, timeout_s: float) -> TcpTransport:
+async def narrow_async(address: Server, timeout_s: float) -> TcpTransport:
     """The same, for asyncio; a loopback address is connected to at once."""
     return narrow(address, timeout_s)
 
