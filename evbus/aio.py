@@ -139,12 +139,14 @@ class AsyncEventClient:
         self._session.answers.call = self._waiting.call
         self._executor = executor
         self._pack_event = self._session.outbox.pack_event
-        dial_now = lambda server, timeout_s: self._dial(server, timeout_s)  # noqa: E731, PLW0108 - tests replace it
-        self._dialler = AsyncDialler(dial_now)
+        self._dialler = AsyncDialler(self._dial_now)
         self._connector: Connector[Server] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None  # the one that it connects on
         self._life = asyncio.Lock()  # connect and disconnect, one at a time
         self._subscriptions: dict[Interest, AsyncSubscription] = {}
+
+    async def _dial_now(self, server: Server, timeout_s: float) -> Transport:
+        return await self._dial(server, timeout_s)  # looked up each time: tests replace it
 
     # ---- connecting --------------------------------------------------------------------------------------------------
 

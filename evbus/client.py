@@ -131,15 +131,12 @@ class EventClient:
         self._requests = Requests(self._session)
         self._session.answers.send = lambda sending: self._waiting.push(sending, None)
         self._pack_event = self._session.outbox.pack_event
-        self._io = IoThread(
-            self._session,
-            places,
-            lambda server, timeout_s: self._dial(server, timeout_s),
-            self._pool,
-            self._make_reactor,
-        )
+        self._io = IoThread(self._session, places, self._dial_now, self._pool, self._make_reactor)
         self._life = threading.RLock()  # connect and disconnect, one at a time
         self._subscriptions: dict[Interest, Subscription] = {}
+
+    def _dial_now(self, server: Server, timeout_s: float) -> Transport:
+        return self._dial(server, timeout_s)  # looked up each time: tests replace it
 
     # ---- connecting --------------------------------------------------------------------------------------------------
 

@@ -590,7 +590,7 @@ def test_a_bus_in_memory_may_end_before_its_asyncio_clients() -> None:
     async def main() -> None:
         statuses: asyncio.Queue[ConnectStatus] = asyncio.Queue()
         with MemoryBus() as bus:
-            client = await bus.async_client(on_status=statuses.put_nowait).connect()
+            client = await bus.async_client(on_status=statuses.put_nowait, reconnect=False).connect()
         while await asyncio.wait_for(statuses.get(), PATIENCE_S) is not ConnectStatus.DISCONNECTED:
             pass
         with pytest.raises(evbus.ConnectError):
