@@ -1,7 +1,4 @@
-"""Scenarios of features that are still being made: not collected. Those that can be played are moved to `scenarios`.
-
-Meanwhile: `PYTHONPATH=tests pytest -p scenarios_next tests/test_scenarios.py`.
-"""
+"""More of `scenarios`: what goes beyond publishing, subscribing and asking one: gaps, asking all, ends, lost connections."""
 
 from __future__ import annotations
 
@@ -331,6 +328,24 @@ async def disconnecting_says_what_was_not_finished(bus: Stage) -> None:
 
 
 @scenario
+async def what_is_at_work_can_be_seen(bus: Stage) -> None:
+    client, begun, release = await bus.client(), bus.event(), bus.event()
+
+    async def slow(message: Message) -> None:
+        begun.set()
+        await release.wait()
+
+    subscription = await client.subscribe("a", slow)
+    assert subscription.is_idle
+    await client.publish("a")
+    await begun.wait()
+    assert not subscription.is_idle
+    assert client.stats().at_work >= 1
+    release.set()
+    await bus.until(lambda: subscription.is_idle and not client.stats().at_work)
+
+
+@scenario
 async def a_handler_that_takes_too_long_is_counted(bus: Stage) -> None:
     client, begun, release = await bus.client(warn_after=0.02), bus.event(), bus.event()
 
@@ -371,6 +386,7 @@ async def an_iteration_goes_on_after_a_reconnect(bus: Stage) -> None:
     await client.publish("n", 1, confirm=True)
     await client.rtt()
     bus.network.drop_connections()
+    await bus.until(lambda: client.status is not ConnectStatus.CONNECTED)
     assert (await subscription.next(timeout=10)).decode(int) == 1
     await client.wait_connected(timeout=10.0)
     await client.publish("n", 2, confirm=True)
