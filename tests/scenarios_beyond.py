@@ -1,4 +1,4 @@
-"""More of `scenarios`: what goes beyond publishing, subscribing and asking one: gaps, asking all, ends, lost connections."""
+"""More of `scenarios`: gaps, overflow, asking everybody, orderly ends, lost connections."""
 
 from __future__ import annotations
 
