@@ -1,4 +1,4 @@
-"""Waking the threads whose outcomes have come, a few at a time. See `_wake.pyx` for why."""
+"""Waking the threads whose outcomes have come, one after the other. See `_wake.pyx` for why."""
 
 from typing import final
 
