@@ -23,10 +23,11 @@ from evbus.aio_loop import AsyncDialler, AsyncWaiting, Callbacks, LoopReactor, T
 from evbus.aio_replies import AsyncReplies
 from evbus.aio_subscription import AsyncSubscription
 from evbus.connector import Connector
+from evbus.declaring import AsyncDeclaring
 from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, Server, check_servers
 from evbus.endings import Closing, Ending
 from evbus.errors import ClientClosedError, EvbusError
-from evbus.events import AsyncAnswering, Handling, Query, subscribed
+from evbus.events import Query, subscribed
 from evbus.gaps import OnGap
 from evbus.message import ClientStats, ConnectStatus, Receipt, Unfinished
 from evbus.options import ClientLimits, Reconnect, SessionOptions, check_reconnect, check_timeout
@@ -56,7 +57,7 @@ _BYTES = int(Codec.BYTES)
 _LONG_S = 3600.0 * 24 * 365
 
 
-class AsyncEventClient:
+class AsyncEventClient(AsyncDeclaring):
     """A client of an event bus server, for asyncio.
 
     ::
@@ -399,89 +400,6 @@ class AsyncEventClient:
         wishes = Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow, on_gap=on_gap)
         return await self._subscribe(subject, handler, wishes)
 
-    @overload
-    def on(
-        self,
-        subject: str,
-        *,
-        type: Any = None,
-        group: str | None = None,
-        concurrency: int = 1,
-        max_pending_msgs: int | None = None,
-        max_pending_bytes: int | None = None,
-        overflow: str = "close",
-        on_gap: OnGap | None = None,
-    ) -> Callable[[F], F]: ...
-    @overload
-    def on(
-        self,
-        subject: type[E],
-        *,
-        group: str | None = None,
-        concurrency: int = 1,
-        max_pending_msgs: int | None = None,
-        max_pending_bytes: int | None = None,
-        overflow: str = "close",
-        on_gap: OnGap | None = None,
-    ) -> Handling[E]: ...
-    @overload
-    def on(
-        self,
-        subject: type[Any],
-        *,
-        type: Any,
-        group: str | None = None,
-        concurrency: int = 1,
-        max_pending_msgs: int | None = None,
-        max_pending_bytes: int | None = None,
-        overflow: str = "close",
-        on_gap: OnGap | None = None,
-    ) -> Callable[[F], F]: ...
-    def on(
-        self,
-        subject: Any,
-        *,
-        type: Any = None,
-        group: str | None = None,
-        concurrency: int = 1,
-        max_pending_msgs: int | None = None,
-        max_pending_bytes: int | None = None,
-        overflow: str = "close",
-        on_gap: OnGap | None = None,
-    ) -> Any:
-        """`subscribe` as a decorator, not awaited; the function stays as it is. `unsubscribe(subject, function)` ends
-        it.
-
-        On a connected client the subscription is active after the next `flush`, which raises what the server has
-        against it. Otherwise it becomes active with `connect`.
-        """
-        wishes = Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow, on_gap=on_gap)
-        return self._decorator(subject, wishes)
-
-    @overload
-    def on_query(
-        self, subject: str, *, type: Any = None, group: str | None = None, concurrency: int = 1
-    ) -> Callable[[F], F]: ...
-    @overload
-    def on_query(  # type: ignore[overload-overlap]  # a query class is a class with a subject, and more is known of it
-        self, subject: type[Q], *, group: str | None = None, concurrency: int = 1
-    ) -> AsyncAnswering[Q]: ...
-    @overload
-    def on_query(self, subject: type[E], *, group: str | None = None, concurrency: int = 1) -> Handling[E]: ...
-    @overload
-    def on_query(
-        self, subject: type[Any], *, type: Any, group: str | None = None, concurrency: int = 1
-    ) -> Callable[[F], F]: ...
-    def on_query(self, subject: Any, *, type: Any = None, group: str | None = None, concurrency: int = 1) -> Any:
-        """A decorator: the function answers queries on the subject, and gets no events.
-
-        What it returns is the answer, None included, unless it has answered by `Message.reply` or `Message.fail`. If it
-        raises, the asker gets a RemoteError. Of several responders the server asks one at a time, in turn.
-
-        Active, args and errors: as for `on`.
-        """
-        return self._decorator(subject, Wishes(type, group, concurrency, responder=True))
-
     async def unsubscribe(
         self,
         subject: str | type | AsyncSubscription,
@@ -504,7 +422,7 @@ class AsyncEventClient:
             unhandled += await self._end(subscription, drain, seconds)
         return unhandled
 
-    def _decorator(self, subject: str | type, wishes: Wishes) -> Callable[[F], F]:
+    def _declare(self, subject: Any, wishes: Wishes) -> Callable[[F], F]:
         def decorate(handler: F) -> F:
             subscription = self._prepare(subject, handler, wishes)
             try:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from evbus._clock import SystemClock
 from evbus._message import Message
+from evbus.declaring import Declaring
 from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, Server, check_servers, dial
 from evbus.endings import Closing, Ending
 from evbus.errors import ClientClosedError, EvbusError
@@ -60,7 +61,7 @@ _BYTES = int(Codec.BYTES)
 _LONG_S = 3600.0 * 24 * 365
 
 
-class EventClient:
+class EventClient(Declaring):
     """A client of an event bus server.
 
     ::
@@ -374,65 +375,6 @@ class EventClient:
         return self._subscribe(subject, handler, wishes)
 
     @overload
-    def on(
-        self,
-        subject: str,
-        *,
-        type: Any = None,
-        group: str | None = None,
-        concurrency: int = 1,
-        max_pending_msgs: int | None = None,
-        max_pending_bytes: int | None = None,
-        overflow: str = "close",
-        on_gap: OnGap | None = None,
-    ) -> Callable[[F], F]: ...
-    @overload
-    def on(
-        self,
-        subject: type[E],
-        *,
-        group: str | None = None,
-        concurrency: int = 1,
-        max_pending_msgs: int | None = None,
-        max_pending_bytes: int | None = None,
-        overflow: str = "close",
-        on_gap: OnGap | None = None,
-    ) -> Handling[E]: ...
-    @overload
-    def on(
-        self,
-        subject: type[Any],
-        *,
-        type: Any,
-        group: str | None = None,
-        concurrency: int = 1,
-        max_pending_msgs: int | None = None,
-        max_pending_bytes: int | None = None,
-        overflow: str = "close",
-        on_gap: OnGap | None = None,
-    ) -> Callable[[F], F]: ...
-    def on(
-        self,
-        subject: Any,
-        *,
-        type: Any = None,
-        group: str | None = None,
-        concurrency: int = 1,
-        max_pending_msgs: int | None = None,
-        max_pending_bytes: int | None = None,
-        overflow: str = "close",
-        on_gap: OnGap | None = None,
-    ) -> Any:
-        """`subscribe` as a decorator; the function stays as it is. `unsubscribe(subject, function)` ends it."""
-        wishes = Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow, on_gap=on_gap)
-
-        def decorate(handler: F) -> F:
-            self._subscribe(subject, handler, wishes)
-            return handler
-
-        return decorate
-
-    @overload
     def on_query(
         self, subject: str, *, type: Any = None, group: str | None = None, concurrency: int = 1
     ) -> Callable[[F], F]: ...
@@ -454,9 +396,11 @@ class EventClient:
 
         Args and errors: as for `subscribe`.
         """
+        return self._declare(subject, Wishes(type, group, concurrency, responder=True))
 
+    def _declare(self, subject: Any, wishes: Wishes) -> Callable[[F], F]:
         def decorate(handler: F) -> F:
-            self._subscribe(subject, handler, Wishes(type, group, concurrency, responder=True))
+            self._subscribe(subject, handler, wishes)
             return handler
 
         return decorate

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 from evbus._frame import check_subject
+from evbus.declaring import AsyncDeclaring
 from evbus.errors import ConfigError
-from evbus.events import AsyncAnswering, Handling, Query, subject_of
-from evbus.gaps import OnGap
+from evbus.events import subject_of
 from evbus.signatures import Handler
 from evbus.subscription import Wishes
 
 __all__ = ["Declared", "EventRouter"]
 
-E = TypeVar("E")
-Q = TypeVar("Q", bound=Query[Any])
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -29,7 +27,7 @@ class Declared:
     wishes: Wishes
 
 
-class EventRouter:
+class EventRouter(AsyncDeclaring):
     """Declares handlers without a client, for example while a module is imported.
 
     ::
@@ -59,88 +57,6 @@ class EventRouter:
     def prefix(self) -> str:
         """The tokens in front of all subjects; empty for none."""
         return self._prefix
-
-    @overload
-    def on(
-        self,
-        subject: str,
-        *,
-        type: Any = None,
-        group: str | None = None,
-        concurrency: int = 1,
-        max_pending_msgs: int | None = None,
-        max_pending_bytes: int | None = None,
-        overflow: str = "close",
-        on_gap: OnGap | None = None,
-    ) -> Callable[[F], F]: ...
-    @overload
-    def on(
-        self,
-        subject: type[E],
-        *,
-        group: str | None = None,
-        concurrency: int = 1,
-        max_pending_msgs: int | None = None,
-        max_pending_bytes: int | None = None,
-        overflow: str = "close",
-        on_gap: OnGap | None = None,
-    ) -> Handling[E]: ...
-    @overload
-    def on(
-        self,
-        subject: type[Any],
-        *,
-        type: Any,
-        group: str | None = None,
-        concurrency: int = 1,
-        max_pending_msgs: int | None = None,
-        max_pending_bytes: int | None = None,
-        overflow: str = "close",
-        on_gap: OnGap | None = None,
-    ) -> Callable[[F], F]: ...
-    def on(
-        self,
-        subject: Any,
-        *,
-        type: Any = None,
-        group: str | None = None,
-        concurrency: int = 1,
-        max_pending_msgs: int | None = None,
-        max_pending_bytes: int | None = None,
-        overflow: str = "close",
-        on_gap: OnGap | None = None,
-    ) -> Any:
-        """A decorator, as `EventClient.on`.
-
-        Raises:
-            InvalidSubjectError, TypeError: the subject makes no sense. What else `EventClient.on` checks is checked by
-                `include` of a client.
-        """
-        return self._declare(
-            subject, Wishes(type, group, concurrency, max_pending_msgs, max_pending_bytes, overflow, on_gap=on_gap)
-        )
-
-    @overload
-    def on_query(
-        self, subject: str, *, type: Any = None, group: str | None = None, concurrency: int = 1
-    ) -> Callable[[F], F]: ...
-    @overload
-    def on_query(  # type: ignore[overload-overlap]  # a query class is a class with a subject, and more is known of it
-        self, subject: type[Q], *, group: str | None = None, concurrency: int = 1
-    ) -> AsyncAnswering[Q]: ...
-    @overload
-    def on_query(self, subject: type[E], *, group: str | None = None, concurrency: int = 1) -> Handling[E]: ...
-    @overload
-    def on_query(
-        self, subject: type[Any], *, type: Any, group: str | None = None, concurrency: int = 1
-    ) -> Callable[[F], F]: ...
-    def on_query(self, subject: Any, *, type: Any = None, group: str | None = None, concurrency: int = 1) -> Any:
-        """A decorator, as `EventClient.on_query`.
-
-        Raises:
-            InvalidSubjectError, TypeError: as for `on`.
-        """
-        return self._declare(subject, Wishes(type, group, concurrency, responder=True))
 
     def _declare(self, subject: Any, wishes: Wishes) -> Callable[[F], F]:
         if isinstance(subject, str):

@@ -35,7 +35,7 @@ LAYERS: list[set[str]] = [
     {"_clock", "_io", "_wake", "reactor", "watch", "workers"},
     {"transport"},
     {"acceptor", "client_core", "dial", "server_core", "subscription", "waiting"},
-    {"connector"},
+    {"connector", "declaring"},
     {"aio_loop", "io_thread", "routers", "sync_replies"},
     {"aio_handlers", "aio_replies"},
     {"aio_subscription"},

@@ -104,7 +104,9 @@ def test_every_method_is_named(kind: type) -> None:
 
 @pytest.mark.parametrize("kind", [EventClient, AsyncEventClient])
 def test_every_option_is_named(kind: type) -> None:
-    wanted = options(kind).union(*(options(getattr(kind, name)) for name in public(kind) if callable(vars(kind)[name])))
+    wanted = options(kind).union(
+        *(options(getattr(kind, name)) for name in public(kind) if callable(getattr(kind, name)))
+    )
     assert missing(wanted, NAMED) == set()
 
 
