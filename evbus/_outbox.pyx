@@ -16,7 +16,8 @@ takes no more, the I/O thread is woken to wait for it, and all others leave the 
 that all is sent and that nobody is there to look after what is staged next.
 
 With a single thread, which `gather` declares, it is simpler: the first packet that is staged wakes, the rest gathers until
-the loop's next turn sends it all. Only a good buffer full is sent at once, and its packer told to let others have a turn.
+the loop's next turn sends it all. Only a good buffer full is sent at once, and its packer told to let others have a turn;
+and so many urgent packets that their receivers are better put to work already.
 
 Nothing here knows a socket: `transport` is anything with `flush(ring)`, see `evbus.transport`.
 """
@@ -65,6 +66,9 @@ cdef Py_ssize_t MAX_KEYS = 4096
 cdef int SOLO_PACKETS = 4
 # Urgent packets that are left to gather while threads are woken one after the other.
 cdef int CORKED_PACKETS = 16
+# The same with a single thread: then the peer gets to work while we still make the rest. Queries at 64 at once: 1.2 times
+# the rate (median) against sending all of a turn together; 8 or 16 cost more system calls and gained nothing.
+cdef int GATHERED_PACKETS = 32
 # Sends in a row by one flusher, so that a thread that came to publish does not end up sending for all others.
 cdef int MAX_ROUNDS = 16
 # More than any packet has beside its payload: what a waiting publisher needs on top of it.
@@ -302,12 +306,16 @@ cdef class Outbox:
                 return 0
             self.corked_msgs = 0
         if self.gathers:
-            urgent = False
             if self.idle:
                 self.idle = False
                 self.wakes += 1
                 if self.wake is not None:
                     self.wake()
+            if urgent:
+                self.corked_msgs += 1
+                urgent = self.corked_msgs >= GATHERED_PACKETS
+                if urgent:
+                    self.corked_msgs = 0
         if self.idle and not urgent:
             now = self.clock.read()
             if now != self.burst_ms:

@@ -153,6 +153,19 @@ class TestOutbox:
             assert box.pending_bytes < 4096 + 200
         assert 2000 * 90 // 4096 - 10 < sink.calls < 2000 * 90 // 4096 + 10
 
+    def test_with_one_thread_urgent_packets_go_with_the_turn_or_by_the_handful(self) -> None:
+        box, sink = outbox()
+        turns: list[int] = []
+        box.wake = lambda: turns.append(1)
+        box.gather()
+        box.flush(True)
+        for number in range(1, 81):
+            box.pack_message(6, b"s", b"x", task_id=b"%d" % number, urgent=True)
+            assert sink.calls == number // 32
+        assert turns == [1, 1, 1]
+        box.flush(True)
+        assert len(sink.packets()) == 80
+
     def test_over_the_high_watermark_nothing_is_taken_until_there_is_room(self) -> None:
         box, sink = outbox(sink=Sink(takes=0), high_bytes=10_000, low_bytes=2_000, eager_bytes=1000)
         rooms: list[int] = []
