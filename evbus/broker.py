@@ -41,8 +41,12 @@ CONTROL_PACKETS_PER_TURN: Final = 256
 #: A control packet as the data plane hands it up: object id, version, SystemId, UnixTimeMilliseconds, body.
 _Packet = tuple[int, int, int, int, bytes]
 
-#: Seconds between checks of silence and slowness.
-TICK_S: Final = 1.0
+#: Seconds between checks of silence and slowness: how late a dead peer may be noticed.
+TICK_S: Final = 0.25
+
+#: Checks of silence that come so many seconds late say only that we were held up ourselves: what came meanwhile may
+#: not have been read yet.
+_HELD_UP_S: Final = 0.5
 
 #: A peer that announced evbus is dropped after this many of its own heartbeat intervals without a byte.
 MISSED_HEARTBEATS: Final = 2
@@ -398,8 +402,10 @@ class Broker:
                 out.append((peer, CloseReason.HANDSHAKE_TIMEOUT))
         self.router.expire_queries()
         if now >= self._next_sweep:
+            late = now - self._next_sweep > _HELD_UP_S
             self._next_sweep = now + TICK_S
-            out.extend(self._sweep(now))
+            if not late:
+                out.extend(self._sweep(now))
         self._log.tick(now)
         return out
 

@@ -414,6 +414,33 @@ def test_silence() -> None:
     assert bus.broker.closed_by_reason == {CloseReason.STALE: 3}
 
 
+def test_silence_is_noticed_half_a_second_after_two_heartbeats_at_the_latest() -> None:
+    bus = Bus(check=False)
+    for phase in range(10):
+        bus.wait(0.1 + phase / 7)
+        silent = bus.fresh()
+        silent.handshake(Announcement='evbus/1 {"versions":[2,2],"heartbeat":1}')
+        bus.wait(1.99)
+        assert silent.is_open
+        bus.wait(0.51)
+        assert silent.closed is CloseReason.STALE
+
+
+def test_a_server_that_was_held_up_itself_judges_nobody_by_it() -> None:
+    bus = Bus(check=False)
+    client = bus.fresh()
+    client.handshake(Announcement='evbus/1 {"versions":[2,2],"heartbeat":1}')
+    bus.wait(1.0)
+    bus.broker.set_time(bus.world.now + 30.0, START_MS)  # suspended; what has come meanwhile is unread
+    assert bus.broker.tick() == []
+    bus.world.now += 30.0
+    client.send_bytes(b"\x17")
+    bus.wait(0.5)
+    assert client.is_open
+    bus.wait(2.5)
+    assert client.closed is CloseReason.STALE
+
+
 def notice(bus: Bus) -> None:
     """What the owner of a broker does with those that take no more."""
     for link in bus.router.take_blocked():
@@ -467,11 +494,11 @@ def test_too_much_for_too_long() -> None:
 
 
 def test_next_tick_is_never_late() -> None:
-    bus = Bus(check=False, handshake_s=0.4)
+    bus = Bus(check=False, handshake_s=0.2)
     broker = bus.broker
-    assert broker.next_tick <= bus.world.now + 1.0
+    assert broker.next_tick <= bus.world.now + 0.5
     bus.fresh()
-    assert broker.next_tick == pytest.approx(bus.world.now + 0.4)
+    assert broker.next_tick == pytest.approx(bus.world.now + 0.2)
     client, responder = bus.open(), bus.open()
     responder.subscribe("q", 1, role=ref.RESPONDER)
     client.send(ref.QUERY, 2, TaskId="q", Subject="q", DeadlineMs=20)
