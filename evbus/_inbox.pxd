@@ -19,6 +19,9 @@ cdef class Waiter:
     cdef list replies
     cdef bint finished
 
+    cpdef bint end(self, object value, object error) except -1
+    cpdef bint push(self, object reply) except -1
+
 
 cdef class _Route:
     cdef bytes key

@@ -92,7 +92,8 @@ cdef class Waiter:
         self.many = many
         self.asks = action == "query"
         self.timeout = timeout
-        self.replies = []
+        if many:
+            self.replies = []
 
     @property
     def done(self):
@@ -107,7 +108,7 @@ cdef class Waiter:
         """Set an exception as the outcome; the first outcome counts. Returns whether this was it."""
         return self.end(None, error)
 
-    def end(self, value, error):
+    cpdef bint end(self, value, error) except -1:
         """As resolve or fail."""
         if self.finished:
             return False
@@ -121,7 +122,7 @@ cdef class Waiter:
             notify()
         return True
 
-    def push(self, reply):
+    cpdef bint push(self, reply) except -1:
         """Add a reply, if `many`; else the same as resolve."""
         if not self.many:
             return self.end(reply, None)
@@ -135,6 +136,8 @@ cdef class Waiter:
     def take_replies(self):
         """The replies since the last call."""
         replies = self.replies
+        if not self.many:
+            return []
         self.replies = []
         return replies
 

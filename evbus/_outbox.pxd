@@ -64,6 +64,7 @@ cdef class Outbox:
 
     cdef bytes key_of(self, object subject)
     cdef int stage(self, const void *head, size_t head_size, const void *tail, size_t tail_size) except -1
+    cdef bint takes(self, size_t payload_size) noexcept
     cdef int stage_message(self, uint32_t dialect, uint32_t object_id, bytes key, bytes payload, uint32_t flags,
                            uint32_t codec, int32_t deadline_ms, bytes task_id, bytes query_task_id, bytes headers,
                            bint force) except -1

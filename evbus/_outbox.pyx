@@ -426,6 +426,10 @@ cdef class Outbox:
             self.after_stage(urgent)
         return r
 
+    cdef bint takes(self, size_t payload_size) noexcept:
+        # Whether a message with that payload can be staged as far as the connection and its limit are concerned.
+        return self.dialect != D_UNKNOWN and payload_size <= self.payload_limit
+
     cdef int stage_message(self, uint32_t dialect, uint32_t object_id, bytes key, bytes payload, uint32_t flags,
                            uint32_t codec, int32_t deadline_ms, bytes task_id, bytes query_task_id, bytes headers,
                            bint force) except -1:

@@ -1,5 +1,6 @@
 """Waking the threads whose outcomes have come, one after the other. See `_wake.pyx` for why."""
 
+from asyncio import Future
 from typing import final
 
 from typing_extensions import Self
@@ -36,3 +37,14 @@ class Wakeup:
         Returns:
             whether the call has come.
         """
+
+@final
+class Resume:
+    """A coroutine that waits for one outcome. Calling it, on the loop's thread, says that the outcome is there.
+
+    Args:
+        future: what it awaits.
+    """
+
+    def __new__(cls, future: Future[None]) -> Self: ...
+    def __call__(self) -> None: ...

@@ -122,3 +122,21 @@ cdef class Wakeup:
                 called = False
             self.state = GONE
         return called
+
+
+@cython.final
+cdef class Resume:
+    """A coroutine that waits for one outcome. Calling it, on the loop's thread, says that the outcome is there.
+
+    Args:
+        future: what it awaits.
+    """
+
+    cdef object future
+
+    def __cinit__(self, future not None):
+        self.future = future
+
+    def __call__(self):
+        if not self.future.done():
+            self.future.set_result(None)

@@ -715,7 +715,7 @@ class AsyncEventClient(AsyncDeclaring):
 
         Cancelled, the query is taken back at the server.
         """
-        return await self._waiting.carry(self._requests.query(subject, message, response, headers, timeout))
+        return await self._waiting.ask(self._requests.query(subject, message, response, headers, timeout))
 
     # Overloads: as for query.
     @overload

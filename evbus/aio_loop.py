@@ -22,12 +22,13 @@ from functools import partial
 from typing import Any, TypeVar
 
 from evbus._inbox import Waiter
+from evbus._wake import Resume
 from evbus.connector import Dialled
 from evbus.correlation import Notify, Sending
 from evbus.dial import Server, UnixAddress, no_connection, unix_socket, unknown_host
 from evbus.errors import BufferFullError
 from evbus.reactor import EVENT_READ, EVENT_WRITE, Cancellable, HasFileno
-from evbus.requests import Outgoing
+from evbus.requests import Asking, Outgoing
 from evbus.session import Session
 from evbus.transport import TcpTransport, Transport
 
@@ -37,6 +38,8 @@ T = TypeVar("T")
 
 _log = logging.getLogger("evbus.client")
 
+# Ended waits that may be kept behind one that takes its time.
+_SWEEP_WAITS = 1024
 # What a handler that was cancelled gets to clean up.
 _CANCEL_S = 1.0
 
@@ -100,6 +103,63 @@ class LoopReactor:
                 loop.remove_writer(fd)
 
 
+class Deadlines:
+    """Time limits of many waits with one timer of the loop, as nearly all of them end before. A timer for each would be
+    a fifth of what a query costs.
+
+    Waits with the same limit run out in the order in which they began, so each limit has a queue.
+
+    Args:
+        expire: is given a waiter whose time is up, and the limit.
+    """
+
+    def __init__(self, expire: Callable[[Waiter, float], object]) -> None:
+        self._expire = expire
+        self._queues: dict[float, deque[tuple[float, Waiter]]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
+        self._swept = 0
+
+    def add(self, loop: asyncio.AbstractEventLoop, seconds: float, waiter: Waiter) -> None:
+        """A wait begins."""
+        queue = self._queues.get(seconds)
+        if queue is None:
+            queue = self._queues[seconds] = deque()
+        # What has ended must not be kept for the rest of its time: with it goes the answer.
+        while queue and queue[0][1].done:
+            queue.popleft()
+        due = loop.time() + seconds
+        queue.append((due, waiter))
+        if len(queue) >= 2 * self._swept + _SWEEP_WAITS:
+            self._sweep(seconds, queue)
+        if self._timer is None or due < self._due:
+            self._arm(loop, due)
+
+    def _sweep(self, seconds: float, queue: deque[tuple[float, Waiter]]) -> None:
+        """The first one takes its time; the others that have ended go all the same."""
+        left = self._queues[seconds] = deque(item for item in queue if not item[1].done)
+        self._swept = len(left)
+
+    def _arm(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = due
+        self._timer = loop.call_at(due, self._look, loop)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        now = loop.time()
+        for seconds, queue in list(self._queues.items()):
+            while queue and (queue[0][1].done or queue[0][0] <= now):
+                _, waiter = queue.popleft()
+                if not waiter.done:
+                    self._expire(waiter, seconds)
+            if not queue:
+                del self._queues[seconds]
+        if self._queues:
+            self._arm(loop, min(queue[0][0] for queue in self._queues.values()))
+
+
 class AsyncWaiting:
     """Suspends a coroutine until the session has something for it. Any of its waits may be cancelled."""
 
@@ -108,6 +168,7 @@ class AsyncWaiting:
         self._outbox = session.outbox
         self._outbox.on_room = self._on_room
         self._room: list[asyncio.Future[None]] = []
+        self._deadlines = Deadlines(self._expire_query)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0
 
@@ -181,6 +242,22 @@ class AsyncWaiting:
             left = None if seconds is None else begun + seconds - loop.time()
         assert sending.waiter is not None
         return await self._wait(sending.waiter, future, left, seconds)
+
+    async def ask(self, asking: Asking) -> Any:
+        """Ask a query; returns what the user is to get."""
+        loop = self._own_loop()
+        future = loop.create_future()
+        seconds = asking.seconds
+        waiter = asking.start(Resume(future))
+        if waiter is None:
+            return asking.finish(await self.exchange(asking.make, seconds))
+        self._deadlines.add(loop, seconds, waiter)
+        try:
+            await future
+        except BaseException:  # cancelled
+            self._correlation.abandon(waiter)
+            raise
+        return asking.finish(waiter.result())
 
     async def carry(self, outgoing: Outgoing) -> Any:
         """Send a message; returns what the user is to get."""
@@ -257,6 +334,12 @@ class AsyncWaiting:
     def _expire(self, waiter: Waiter, future: asyncio.Future[None], seconds: float) -> None:
         self._correlation.expire(waiter, seconds)
         wake_future(future)
+
+    def _expire_query(self, waiter: Waiter, seconds: float) -> None:
+        notify = waiter.notify
+        self._correlation.expire(waiter, seconds)
+        if notify is not None:
+            notify()
 
 
 class Tasks:

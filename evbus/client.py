@@ -693,7 +693,7 @@ class EventClient(Declaring):
             CodecError: the answer does not fit `response`.
             NotConnectedError, InvalidSubjectError, PayloadTooLargeError, BufferFullError: nothing was asked.
         """
-        return self._waiting.carry(self._requests.query(subject, message, response, headers, timeout))
+        return self._waiting.ask(self._requests.query(subject, message, response, headers, timeout))
 
     # Overloads: as for query.
     @overload

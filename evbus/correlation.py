@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from random import Random
 
+from evbus._asking import Asker
 from evbus._frame import pack, pack_headers
 from evbus._inbox import Inbox, Waiter
 from evbus._message import Message, claim_answer, release_answer
@@ -135,6 +136,7 @@ class Correlation:
         not_connected: the exception for an action that needs a connection when there is none.
 
     Attributes:
+        asker: asks plain queries, quickly.
         keep: takes a message that found no connection; returns whether it did, or None if there is a connection again.
     """
 
@@ -150,11 +152,14 @@ class Correlation:
         self._ids = itertools.count(1)
         self._beat_ids = itertools.count(1)
         self._beats: dict[int, Waiter] = {}
+        self.asker = Asker(inbox, outbox)
         self.renew()
 
     def renew(self) -> None:
         """A fresh connection: ids that no earlier one had."""
-        self._prefix = f"{self._random.getrandbits(32):08x}-"
+        prefix = f"{self._random.getrandbits(32):08x}"
+        self._prefix = f"{prefix}-"
+        self.asker.prefix = prefix
 
     def new_id(self) -> bytes:
         """An id for a request, such as `a1b2c3d4-1f`. Any thread."""

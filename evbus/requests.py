@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from evbus._inbox import Waiter
 from evbus._message import Message
 from evbus._outbox import PACK_OK, PACK_YIELD
 from evbus.correlation import Notify, Sending
@@ -19,7 +20,7 @@ from evbus.replies import Gathering
 from evbus.session import MAX_QUERY_S, Session
 from evbus.wire import Codec
 
-__all__ = ["Outgoing", "Publishing", "Requests"]
+__all__ = ["Asking", "Outgoing", "Publishing", "Requests"]
 
 _BYTES = int(Codec.BYTES)
 
@@ -47,6 +48,64 @@ class Outgoing:
         self.make = make
         self.seconds = seconds
         self.finish = finish
+
+
+class Asking:
+    """A query that is still to be asked, and what its answer is good for.
+
+    Attributes:
+        seconds: for all of it.
+    """
+
+    __slots__ = ("_codec", "_decoder", "_headers", "_payload", "_session", "_subject", "seconds")
+
+    def __init__(
+        self,
+        session: Session,
+        subject: str,
+        codec: Codec,
+        payload: bytes,
+        decoder: Decoder[Any] | None,
+        seconds: float,
+        headers: Headers,
+    ) -> None:
+        self._session = session
+        self._subject = subject
+        self._codec = codec
+        self._payload = payload
+        self._decoder = decoder
+        self._headers = headers
+        self.seconds = seconds
+
+    def start(self, notify: Notify) -> Waiter | None:
+        """Ask it, the short way.
+
+        Returns:
+            the waiter for the answer; None if only the long way will do: `make`, and packing what it gives.
+        """
+        if self._headers:
+            return None
+        return self._session.ask(self._subject, self._codec, self._payload, self.seconds, notify)
+
+    def make(self, notify: Notify | None) -> Sending:
+        """The query, to be packed."""
+        return self._session.query(
+            self._subject, self._codec, self._payload, headers=self._headers, notify=notify, timeout=self.seconds
+        )
+
+    def finish(self, answer: Message) -> Any:
+        """What the user gets.
+
+        Raises:
+            CodecError: the answer does not fit; names the subject.
+        """
+        if self._decoder is None:
+            return answer
+        try:
+            return self._decoder(answer.codec, answer.data)
+        except CodecError as exc:
+            exc.subject = self._subject
+            raise
 
 
 _TURN = Outgoing(None)
@@ -105,23 +164,9 @@ class Requests:
 
         return Outgoing(make, seconds, _same if confirm else None)
 
-    def query(self, subject: Any, message: object, response: Any, headers: Headers, timeout: float | None) -> Outgoing:
+    def query(self, subject: Any, message: object, response: Any, headers: Headers, timeout: float | None) -> Asking:
         """A query, whose outcome is the decoded answer."""
-        subject, codec, payload, decoder, seconds = self._asked(subject, message, response, timeout)
-
-        def make(notify: Notify | None) -> Sending:
-            return self._session.query(subject, codec, payload, headers=headers, notify=notify, timeout=seconds)
-
-        def finish(answer: Message) -> Any:
-            if decoder is None:
-                return answer
-            try:
-                return decoder(answer.codec, answer.data)
-            except CodecError as exc:
-                exc.subject = subject
-                raise
-
-        return Outgoing(make, seconds, finish)
+        return Asking(self._session, *self._asked(subject, message, response, timeout), headers)
 
     def query_all(
         self, subject: Any, message: object, response: Any, headers: Headers, timeout: float | None

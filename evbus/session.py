@@ -467,6 +467,17 @@ class Session:
             urgent=confirm,
         )
 
+    def ask(self, subject: str, codec: Codec, payload: bytes, timeout: float, notify: Notify) -> Waiter | None:
+        """The short way of `query`, without headers; the query is packed when this returns.
+
+        Returns:
+            the waiter for the answer, a Message; None if nothing has happened and `query` must be used instead.
+
+        Raises:
+            InvalidSubjectError: nothing was asked.
+        """
+        return self.correlation.asker.ask(subject, codec, payload, timeout, _deadline_ms(timeout), notify)
+
     def query(
         self,
         subject: str,
@@ -500,8 +511,7 @@ class Session:
             codec=int(codec),
             headers=encode_headers(headers),
             flags=int(Flag.ALL) if many else 0,
-            # Up, so that 0.4 ms do not become the 0 that means "no wish".
-            deadline_ms=min(int(timeout * 1000) + 1, int(MAX_QUERY_S * 1000)),
+            deadline_ms=_deadline_ms(timeout),
             task_id=waiter.task_id,
             urgent=True,
         )
@@ -565,3 +575,8 @@ class Session:
             pending_msgs=self.registrar.pending_msgs,
             at_work=at_work,
         )
+
+
+def _deadline_ms(timeout: float) -> int:
+    # Up, so that 0.4 ms do not become the 0 that means "no wish".
+    return min(int(timeout * 1000) + 1, int(MAX_QUERY_S * 1000))

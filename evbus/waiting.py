@@ -14,7 +14,7 @@ from evbus._inbox import Waiter
 from evbus._wake import Chain, Wakeup
 from evbus.correlation import Notify, Sending
 from evbus.errors import BufferFullError, EvbusError
-from evbus.requests import Outgoing
+from evbus.requests import Asking, Outgoing
 from evbus.session import Session
 
 __all__ = ["Waiting"]
@@ -54,6 +54,15 @@ class Waiting:
         assert sending.waiter is not None
         left = None if seconds is None else begun + seconds - time.monotonic()
         return self._wait(sending.waiter, done, left, seconds)
+
+    def ask(self, asking: Asking) -> Any:
+        """Ask a query; returns what the user is to get."""
+        done = Wakeup(self._chain)
+        seconds = asking.seconds
+        waiter = asking.start(done)
+        if waiter is None:
+            return asking.finish(self.exchange(asking.make, seconds))
+        return asking.finish(self._wait(waiter, done, seconds, seconds))
 
     def carry(self, outgoing: Outgoing) -> Any:
         """Send a message; returns what the user is to get."""

@@ -329,9 +329,9 @@ class Fleet:
                 if reached < counted:
                     found.lost.append((one.number, sequence, counted, reached))
             found.lost_kept += [
-                (one.number, sequence)
-                for sequence in one.kept
-                if one.number not in receivers[one.number, sequence]
+                (one.number, sequence) for sequence in one.kept if one.number not in receivers[one.number, sequence]
             ]
-            found.invented += [(one.number, sequence) for sequence in one.refused if (one.number, sequence) in receivers]
+            found.invented += [
+                (one.number, sequence) for sequence in one.refused if (one.number, sequence) in receivers
+            ]
         return found

@@ -152,17 +152,19 @@ def lose(server: subprocess.Popen[str], port: int, fleets: list[subprocess.Popen
     # Also of those alone that a listening server saw, as refused ones cost it nothing.
     seen = [when for when in attempts if when >= up]
     print(
-        json.dumps({
-            "how": how,
-            "clients": len(back),
-            "attempts": len(attempts),
-            "densest": densest(attempts, 0.1),
-            "densest_seen": densest(seen, 0.1),
-            "overflows": listen_overflows() - overflows,
-            "back_s": sorted(when - up for when in back),
-            "outage_s": up - began,
-            "losses": sum(one["losses"] for one in told),
-        }),
+        json.dumps(
+            {
+                "how": how,
+                "clients": len(back),
+                "attempts": len(attempts),
+                "densest": densest(attempts, 0.1),
+                "densest_seen": densest(seen, 0.1),
+                "overflows": listen_overflows() - overflows,
+                "back_s": sorted(when - up for when in back),
+                "outage_s": up - began,
+                "losses": sum(one["losses"] for one in told),
+            }
+        ),
         flush=True,
     )
     return server

@@ -19,7 +19,9 @@ FIGURE = (
 )
 
 
-def play(plain: int, asynchronous: int, rounds: int, pause_s: float) -> tuple[Found, list[list[float]], list[float], dict[str, int]]:
+def play(
+    plain: int, asynchronous: int, rounds: int, pause_s: float
+) -> tuple[Found, list[list[float]], list[float], dict[str, int]]:
     """Kill the server so often; returns what the checker found, the times until back per round, the outages, gaps."""
     dice = random.Random(12)
     times: list[list[float]] = []

@@ -41,7 +41,9 @@ def all_reached(fleet: Fleet) -> None:
         assert time.monotonic() < deadline, "not all publish again"
         time.sleep(0.01)
     for one in fleet.members:
-        assert one.confirmed[max(one.confirmed)] == len({one.number, *((one.number - s) % len(fleet.members) for s in (1, 7, 31))})
+        assert one.confirmed[max(one.confirmed)] == len(
+            {one.number, *((one.number - s) % len(fleet.members) for s in (1, 7, 31))}
+        )
 
 
 @pytest.mark.timeout(120)
@@ -103,7 +105,9 @@ def storm(seconds: int) -> None:
             fleet.stop()
             fleet.settle()
         found = fleet.check()
-    print(f"100 clients, {cut} connections killed in {seconds} s: all back {back_s:.2f} s after the end; {brief(found)}")
+    print(
+        f"100 clients, {cut} connections killed in {seconds} s: all back {back_s:.2f} s after the end; {brief(found)}"
+    )
     check(found)
     assert cut >= 30 * seconds, cut
     assert back_s <= 5.0, back_s
@@ -117,5 +121,3 @@ def test_a_hundred_killed_by_the_kernel(record_property: Callable[[str, object],
     program = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_row_18_kills\n"
     told = in_netns(program + "test_row_18_kills.storm(60)", timeout=180)
     Row(record_property, "R18", FIGURE).measured(told.strip())
-
-
