@@ -31,6 +31,8 @@ DOCUMENTS = [
 ]
 FIRST_STEPS = ROOT / "examples" / "first_steps"
 DEFAULT = "evbus://127.0.0.1:9100"
+#: Roots of others, which stand in the tree in errors.py only.
+ABSTRACT_ERRORS = {"EvbusError", "QueryError", "LimitError"}
 
 
 @dataclass
@@ -76,7 +78,21 @@ def server() -> Iterator[EventServer]:
 # --- Python -----------------------------------------------------------------------------------------------------------
 
 
-WITH_PYTHON = ["README.md", "docs/guide.md", "docs/server.md", "docs/testing.md"]
+WITH_PYTHON = [
+    "README.md",
+    "docs/asyncio.md",
+    "docs/events.md",
+    "docs/flow.md",
+    "docs/from-nats.md",
+    "docs/from-redis.md",
+    "docs/from-zeromq.md",
+    "docs/guide.md",
+    "docs/queries.md",
+    "docs/reconnecting.md",
+    "docs/server.md",
+    "docs/testing.md",
+    "docs/workers.md",
+]
 
 
 @pytest.mark.parametrize("document", WITH_PYTHON)
@@ -304,10 +320,22 @@ def test_the_exit_codes_of_the_cli_document() -> None:
     assert {int(code) for code in re.findall(r"^    (\d+) ", evbus.cli.__doc__, re.M)} == told
 
 
-def test_the_errors_of_the_guide_exist() -> None:
-    text = (ROOT / "docs/guide.md").read_text(encoding="utf-8")
-    for name in set(re.findall(r"`(\w+Error)`", text)):
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_the_errors_of_the_documents_exist(document: Path) -> None:
+    for name in set(re.findall(r"`(\w+Error)`", document.read_text(encoding="utf-8"))):
         assert hasattr(evbus, name) or hasattr(builtins, name), name
+
+
+def test_the_errors_table_of_the_guide_is_complete() -> None:
+    """All that a program can catch; the abstract ones stand in the tree only."""
+    told = words([row[0] for row in table("docs/guide.md", "Error")])
+    concrete = {name for name in evbus.__all__ if name.endswith("Error")}
+    assert concrete - told == ABSTRACT_ERRORS
+
+
+def test_the_index_of_the_guide_is_complete() -> None:
+    linked = set(re.findall(r"\]\(([\w-]+\.md)[)#]", (ROOT / "docs/guide.md").read_text(encoding="utf-8")))
+    assert linked == {path.name for path in (ROOT / "docs").glob("*.md")} - {"guide.md"}
 
 
 # --- links ------------------------------------------------------------------------------------------------------------
