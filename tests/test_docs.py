@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import builtins
 import re
+import signal
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -143,22 +144,30 @@ def test_the_first_steps_of_the_readme(tmp_path: Path, server: EventServer) -> N
             (tmp_path / name).write_text(text, encoding="utf-8")
     commands = [block.text.strip() for block in BLOCKS["README.md"] if not block.language]
     assert "venv/bin/evbus serve" in commands
-    assert "venv/bin/python archive.py" in commands
+    assert "venv/bin/evbus run archive:router" in commands
     (session,) = [block for block in BLOCKS["README.md"] if "$ venv/bin/python mail.py" in block.text]
-    with Program(["venv/bin/python", "archive.py"], cwd=tmp_path, env=env, stdin=None) as archive:
-        archive.wait_for("The archive is open", "out")
+    env["EVBUS_URL"] = server.address
+    with Program(["venv/bin/evbus", "run", "archive:router"], cwd=tmp_path, env=env) as archive:
+        archive.wait_for("running 2 handlers")
         check_session(session, tmp_path, env, before_each=lambda seen: archive_has(archive, seen))
-        assert archive.process.stdin is not None
-        archive.process.stdin.write(b"\n")
-        archive.process.stdin.close()
+        archive.interrupt(signal.SIGINT)
         result = archive.finish()
     assert result.code == 0
-    assert not result.err
-    assert re.fullmatch(r"stored 'Lunch on Friday', sent at \d\d:\d\d UTC", result.out.splitlines()[1])
+    assert re.fullmatch(r"stored 'Lunch on Friday', sent at \d\d:\d\d UTC\n", result.out)
     with Program(["venv/bin/python", "mail.py", "find", "Lunch"], cwd=tmp_path, env=env) as nobody:
         assert "NoRespondersError" in nobody.finish().err
     with Program(["venv/bin/python", "mail.py"], cwd=tmp_path, env=env) as usage:
         assert usage.finish().out.startswith("usage: ")
+
+
+def test_the_test_of_the_readme(tmp_path: Path) -> None:
+    for path in FIRST_STEPS.glob("*.py"):
+        (tmp_path / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "test_archive.py"]
+    with Program(command, cwd=tmp_path) as program:
+        result = program.finish()
+    assert result.code == 0, result.out + result.err
+    assert "1 passed" in result.out
 
 
 def test_the_tests_of_the_testing_document(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
-# emails.py: what the programs say to each other
+# emails.py: what the programs say to each other, and on which subjects
 from dataclasses import dataclass
 from datetime import datetime
 
+import evbus
 
+
+@evbus.event("email.new")
 @dataclass
 class NewEmail:
     subject: str
@@ -11,5 +14,5 @@ class NewEmail:
 
 
 @dataclass
-class EmailQuery:
-    subject: str
+class EmailQuery(evbus.Query[list[NewEmail]], subject="email.find"):
+    word: str
