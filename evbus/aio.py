@@ -179,9 +179,9 @@ class AsyncEventClient(AsyncDeclaring):
                 reactor = self._make_reactor(self._loop)
                 connector = self._connector = Connector(reactor, self._session, self._servers, self._dialler)
             try:
-                # The connector keeps the deadline of a first connection.
+                # The connector keeps the deadline; what comes on top is for a connection that is lost at once.
                 await self._waiting.outcome(
-                    lambda notify: connector.connect(seconds, retry, notify), seconds if seeking else None
+                    lambda notify: connector.connect(seconds, retry, notify), seconds if seeking else seconds + 5.0
                 )
             except BaseException as exc:
                 if not seeking:

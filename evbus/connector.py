@@ -223,9 +223,15 @@ class Connector(Generic[S]):
             waiter.result()
         except EvbusError as exc:
             self._failed(exc)
-        else:
-            self._end_search()
+            return
+        self._end_search()
+        if self.core.is_attached:
             self._tell(None)
+        elif self._session.is_reconnecting:
+            # It was lost before we heard that it was there. Those who wait go on waiting.
+            self._lost()
+        else:
+            self._tell(ConnectError(self._session.address, "the connection was lost at once"))
 
     def _failed(self, error: BaseException) -> None:
         """The attempt has failed."""

@@ -110,6 +110,7 @@ class Session:
         self._last_heard = 0.0
         self._asked_at: float | None = None
         self._connects = 0
+        self._resumes = False  # whether there was a connection that a new one takes the place of
         self._backlog = Backlog(options.reconnect.buffer_bytes if options.reconnect is not None else 0)
         self.correlation.keep = self._keep
 
@@ -281,11 +282,13 @@ class Session:
             self.inbox.start(HANDSHAKE_PACKET_BYTES)
             waiter = self._handshake
             self._handshake = None
-            was_up = self.facts is not None and waiter is not None and waiter.done
+            answered = self.facts is not None
+            self._resumes |= answered and waiter is not None and waiter.done
             self.facts = None
             self.registrar.connection_lost()
-            if was_up and not self.is_closing and self.options.reconnect is not None:
-                # Under the lock: from here on publishes are kept, if they are to be.
+            if self._resumes and not self.is_closing and self.options.reconnect is not None:
+                # Under the lock: from here on publishes are kept, if they are to be. Also if a connection did not live
+                # long enough to restore everything.
                 self.set_status(ConnectStatus.RECONNECTING)
         reason = self.control.parting_words or one_line(error or "the server closed the connection")
         if isinstance(error, ConnectionLostError):
@@ -293,11 +296,7 @@ class Session:
         closing = self.is_closing
         gone = ClientClosedError if closing else lambda action: ConnectionLostError(action, reason)
         if waiter is not None and not waiter.done:
-            refusal = (
-                error
-                if isinstance(error, ConnectError)
-                else NotEventServerError(self.address, f"the connection ended during the handshake ({reason})")
-            )
+            refusal = error if isinstance(error, ConnectError) else self._broken_off(answered, reason)
             waiter.fail(refusal)
             self.correlation.fail_all(gone)
             if not self.is_reconnecting:
@@ -318,9 +317,16 @@ class Session:
             self.registrar.tell_all(lost)
         self.reports.tell(lost)
 
+    def _broken_off(self, answered: bool, reason: str) -> ConnectError:
+        """The exception for a connection that ended before it was of use."""
+        if answered:
+            return ConnectError(self.address, f"the connection was lost while subscriptions were restored ({reason})")
+        return NotEventServerError(self.address, f"the connection ended during the handshake ({reason})")
+
     def gave_up(self, error: BaseException) -> None:
         """The search for a connection has ended without one."""
         searched = self.is_reconnecting
+        self._resumes = False
         self._stopped_at(error)
         if not searched:
             return

@@ -254,6 +254,27 @@ class TestReconnecting:
         ]
         assert all(isinstance(error, ConnectionLostError) for error in setting.errors)
 
+    @pytest.mark.parametrize("first", [True, False])
+    def test_a_connection_that_goes_in_the_moment_in_which_it_is_there(self, first: bool) -> None:
+        setting = Setting(reconnect=Reconnect())
+        core, spoilt = setting.connector.core, []
+        attach = core.attach
+
+        def lost_at_once(transport: Any, timeout_s: float, notify: Any) -> Waiter:
+            def done() -> None:
+                if not spoilt and (first or setting.session.stats().connects == 2):
+                    spoilt.append(1)
+                    setting.loop.call_soon(lambda: core.close(ConnectionResetError("gone")))
+                notify()
+
+            return attach(transport, timeout_s, done)
+
+        core.attach = lost_at_once  # type: ignore[method-assign, assignment]
+        setting.up()
+        if not first:
+            setting.lose()
+        setting.until(lambda: setting.session.stats().connects == (2 if first else 3) and setting.session.is_ready)
+
     def test_it_goes_on_for_ever(self) -> None:
         setting = Setting(reconnect=Reconnect()).up()
         setting.answers["one"] = refused("one")
