@@ -162,7 +162,7 @@ class Fleet:
 
     def _plain(self, number: int) -> Member:
         async def sleep(seconds: float) -> None:
-            time.sleep(seconds)
+            time.sleep(seconds)  # noqa: ASYNC251 - of the blocking kind
 
         return Member(number, Blocking(EventClient(port=self._port, name=f"m{number}", **self._options)), sleep)
 

@@ -1,4 +1,4 @@
-"""R14's program: a server in a process, a thousand asyncio clients in four more, and all their connections lost at once.
+"""R14's program: a server in a process, 1,000 asyncio clients in four more, and all their connections lost at once.
 
 Run by test_row_14_herd.py, if it can in a network of its own, as the counters of `/proc/net/netstat` are the network's.
 Prints one JSON object per loss.

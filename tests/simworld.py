@@ -89,19 +89,20 @@ class World:
         """No more faults: everybody gets connected, and everything is handled. Returns what went wrong on the way."""
         for _ in range(3000):  # with a window of one message there is one in each round
             self.net.settle(seconds=0.5)
-            busy = [user.work() for user in self.users]
-            taken = [
-                sub.take(1000)
-                for user in self.users
-                for sub in user.subs
-                if sub.taking is Taking.ITERATED and sub.ended is None
-            ]
-            if not any(busy) and not any(taken) and all(user.session.is_ready for user in self.users):
-                break
-        self.net.settle(seconds=25.0)
+            if not self._handle() and all(user.session.is_ready for user in self.users):
+                self.net.settle(seconds=25.0)
+                if not self._handle():
+                    break
         wrong = [f"exception {exc!r} in {where}" for exc, where in self.net.errors]
         wrong += [f"user {user.number} is {user.session.status}" for user in self.users if not user.session.is_ready]
         return wrong + [words for user in self.users for words in user.wrong]
+
+    def _handle(self) -> bool:
+        """Let all users take what waits; returns whether there was anything."""
+        busy = [user.work() for user in self.users]
+        lists = [sub for user in self.users for sub in user.subs if sub.taking is Taking.ITERATED and sub.ended is None]
+        taken = [sub.take(1000) for sub in lists]
+        return any(busy) or any(taken)
 
     def end(self) -> list[str]:
         """Everybody goes; returns what is left."""

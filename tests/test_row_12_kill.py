@@ -66,7 +66,8 @@ def tell(
     row.measured(
         f"{found.published} published, {found.deliveries} delivered, {found.confirmed} confirmed and 0 of them lost, "
         f"{found.unknown} unconfirmed ({found.unknown_delivered} delivered all the same), {found.kept} kept and 0 of "
-        f"them lost, {found.full} times BufferFullError, 0 duplicates, 0 reordered, {gaps.get('reconnect', 0)} gaps told"
+        f"them lost, {found.full} times BufferFullError, 0 duplicates, 0 reordered, "
+        f"{gaps.get('reconnect', 0)} gaps told"
     )
 
 

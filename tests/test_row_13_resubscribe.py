@@ -87,7 +87,7 @@ async def scenario(new: Callable[..., Any], row: Row, kind: str, subscriptions: 
         await client.disconnect()
         assert probes.got == expected
     row.measured(
-        f"{kind}: {subscriptions} subscriptions x {rounds} reconnects, {expected.total()} probes each where it belongs, "
+        f"{kind}: {subscriptions} subscriptions x {rounds} reconnects, {expected.total()} probes where they belong, "
         f"{len(gone)} ended and silent; back after {summary_ms(took)}"
     )
 

@@ -35,10 +35,10 @@ def run(processes: int, each: int, *hows: str) -> list[dict[str, Any]]:
 def tell(row: Row, found: dict[str, Any]) -> None:
     how = "all reset, server stays" if found["how"] == "reset" else f"kill -9, outage {found['outage_s']:.1f} s"
     row.measured(
-        f"{found['clients']} clients, {how}: {found['attempts']} attempts, at most {found['densest']:.0%} in 100 ms (of "
-        f"those that a server heard {found['densest_seen']:.0%}), overflows +{found['overflows']}, back after median "
-        f"{percentile(found['back_s'], 0.5):.2f} s, 95 % {percentile(found['back_s'], 0.95):.2f} s, all "
-        f"{found['back_s'][-1]:.2f} s"
+        f"{found['clients']} clients, {how}: {found['attempts']} attempts, at most {found['densest']:.0%} in 100 ms "
+        f"(of those that a server heard {found['densest_seen']:.0%}), overflows +{found['overflows']}, "
+        f"back after median {percentile(found['back_s'], 0.5):.2f} s, 95 % {percentile(found['back_s'], 0.95):.2f} s, "
+        f"all {found['back_s'][-1]:.2f} s"
     )
 
 

@@ -28,8 +28,9 @@ def check(found: Found) -> None:
 
 def brief(found: Found) -> str:
     return (
-        f"{found.published} published, {found.deliveries} delivered, {found.confirmed} confirmed ({len(found.lost)} of them "
-        f"did not reach all, as a receiver was cut off), {found.unknown} unconfirmed, 0 duplicates, 0 reordered"
+        f"{found.published} published, {found.deliveries} delivered, {found.confirmed} confirmed "
+        f"({len(found.lost)} of them did not reach all, as a receiver was cut off), {found.unknown} unconfirmed, "
+        "0 duplicates, 0 reordered"
     )
 
 
