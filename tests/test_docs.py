@@ -254,6 +254,8 @@ def test_the_script_of_the_cli_document(tmp_path: Path, server: EventServer) -> 
 
 OUTPUT = {
     "embedded_server.py": "reading.roof: 21.5 degrees\nreading.cellar: 12.0 degrees\n2 messages delivered\n",
+    "ask_everybody.py": "load 3\nno load: the responder on 'worker.load' failed with code 503: out of order\n",
+    "lasting_publisher.py": "got 1\nmissed: None reconnect\ngot 2\n",
     "work_group.py": "worker 1 did [0, 2, 4]\nworker 2 did [1, 3, 5]\nthe boss saw [0, 1, 2, 3, 4, 5]\n",
     "query_outcomes.py": (
         "6 / 3 = 2.0\nroot of 16 = 4.0\nthe responder says no: 422 no real root of a negative number\n"
