@@ -49,8 +49,7 @@ class EventServer:
         unix: path of a Unix domain socket to listen on as well; only this user may connect to it (0600).
         limits: what peers are granted; `Limits()` by default.
         allow_anonymous_network: must be True to listen on an address that other machines can reach, as anyone there
-        could
-            then publish, subscribe and answer.
+            could then publish, subscribe and answer.
         drain: seconds that `serve_forever`, and leaving the `with` block, give to what is in flight.
 
     Raises:

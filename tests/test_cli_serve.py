@@ -76,6 +76,14 @@ def test_serve_and_stop(start: Callable[..., Program], number: int) -> None:
     assert "1 connections served, 0 messages delivered" in result.err.splitlines()[-1]
 
 
+def test_serve_on_a_unix_socket_too(start: Callable[..., Program], tmp_path: Path) -> None:
+    program = start("serve", "--port", "0", "--unix", "bus")
+    program.wait_for("listening on 127.0.0.1")
+    with evbus.connect(f"unix://{tmp_path}/bus") as client:
+        assert client.rtt() > 0
+    assert start("serve", "--port", "0", "--unix", "bus").finish().code != 0  # the other one is alive
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_second_signal_ends_a_drain(start: Callable[..., Program], number: int, code: int) -> None:
     program = start("serve", "--port", "0", "--drain", "1h")

@@ -67,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="name or address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=_port, default=9100, help="TCP port; 0 takes a free one (default: %(default)s)")
     parser.add_argument(
+        "--unix", metavar="PATH", help="listen on a Unix domain socket too, which only this user may connect to"
+    )
+    parser.add_argument(
         "--allow-anonymous-network",
         action="store_true",
         help="listen on an address that other machines can reach; anyone there may then publish, subscribe and answer",
@@ -113,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
             server = EventServer(
                 args.host,
                 args.port,
+                unix=args.unix,
                 limits=_limits(args),
                 allow_anonymous_network=args.allow_anonymous_network,
                 drain=args.drain,
