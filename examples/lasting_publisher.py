@@ -13,7 +13,7 @@ logging.getLogger("evbus").setLevel(logging.ERROR)  # the loss is expected here
 with tempfile.TemporaryDirectory() as directory:
     path = Path(directory) / "bus.sock"
     statuses: queue.SimpleQueue[ConnectStatus] = queue.SimpleQueue()
-    patience = Reconnect(first_delay_s=0.05, max_delay_s=0.1, buffer_bytes=1024 * 1024)
+    patience = Reconnect(first_delay_s=0.05, min_delay_s=0.05, max_delay_s=0.1, buffer_bytes=1024 * 1024)
     server = EventServer(None, unix=path).start()
     with evbus.connect(f"unix://{path}", reconnect=patience, on_status=statuses.put) as client:
         readings = client.subscribe("reading", on_gap=lambda gap: print("missed:", gap.count, gap.reason))
