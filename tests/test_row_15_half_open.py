@@ -132,9 +132,8 @@ def half_open(kind: str) -> None:
         client_s = since(began, lambda: clients.lost)
         server_s = since(began, lambda: server.stats()["closed"].get("stale", 0) == 2)
         subprocess.run(["nft", "delete table ip half"], check=True)
-    print(
-        f"segments dropped both ways, {kind}: both client kinds after {client_s:.2f} s, the server after {server_s:.2f} s"
-    )
+    found = f"both client kinds after {client_s:.2f} s, the server after {server_s:.2f} s"
+    print(f"segments dropped both ways, {kind}: {found}")
     assert max(client_s, server_s) <= LIMIT_S
 
 
