@@ -65,7 +65,8 @@ class ClientCore:
         outbox = self._session.outbox
         if not outbox.is_polling or outbox.is_blocked or outbox.broken is not None:
             self._flush()
-        elif self._poll_timer is None:
+        # Also if it was blocked: the burst must end some time, or what comes later would wait for other packets.
+        if outbox.is_polling and self._poll_timer is None and self._transport is not None:
             self._flushes = outbox.flushes
             self._poll_timer = self._reactor.call_later(_POLL_S, self._poll)
 
