@@ -417,3 +417,19 @@ class TestBacklog:
             setting.session.publish("it", Codec.BYTES, b"", confirm=True).pack()
         with pytest.raises(NotConnectedError):
             setting.session.query("it", Codec.BYTES, b"").pack()
+
+
+def test_a_message_after_a_burst_that_was_blocked_does_not_wait() -> None:
+    setting = Setting().up()
+    pack_event = setting.session.outbox.pack_event
+    for _ in range(10):
+        pack_event("a", b"small", 1)
+    assert setting.session.outbox.is_polling
+    for _ in range(200):
+        pack_event("a", b"." * 1000, 1)
+    assert setting.session.outbox.is_blocked
+    setting.net.settle(seconds=0.5)
+    assert setting.server.broker.stats()["published"] == 210
+    pack_event("a", b"alone", 1)
+    setting.net.settle(seconds=0.1)
+    assert setting.server.broker.stats()["published"] == 211
