@@ -23,7 +23,7 @@ from evbus._message import Message
 from evbus.declaring import Declaring
 from evbus.dial import DEFAULT_HOST, DEFAULT_PORT, Server, check_servers, dial
 from evbus.endings import Closing, Ending
-from evbus.errors import ClientClosedError, EvbusError
+from evbus.errors import ClientClosedError, ConfigError, EvbusError
 from evbus.events import Answering, Handling, Query, subscribed
 from evbus.gaps import OnGap
 from evbus.io_thread import IoThread
@@ -795,4 +795,7 @@ def connect(
         ConfigError: the URL or an option makes no sense.
         ConnectError, NotEventServerError, AuthError: as for `EventClient.connect`.
     """
+    for name in ("host", "port", "servers"):
+        if name in options:
+            raise ConfigError(name, "is part of the URL here: evbus.connect('host:port'), or EventClient(host, port)")
     return EventClient(servers=[url], **options).connect(timeout, retry=retry)

@@ -56,6 +56,9 @@ def check_address(host: object, port: object) -> Address:
     """The address as given. Raises ConfigError if it can be none."""
     if not isinstance(host, str) or not host:
         raise ConfigError("host", f"must be a host name or an address, not {host!r}")
+    name, colon, number = host.partition(":")
+    if colon and number.isdecimal():
+        raise ConfigError("host", f"{host!r} has a port in it; give host={name!r} and port={number}")
     if type(port) is not int or not 1 <= port <= 65535:
         raise ConfigError("port", f"must be 1 to 65535, not {port!r}")
     return Address(host, port)

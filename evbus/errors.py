@@ -196,10 +196,13 @@ class NotConnectedError(EvbusError, ConnectionError):
         self.status = status
 
     def __str__(self) -> str:
+        if self.status == "RECONNECTING":
+            return (
+                f"cannot {self.action}: the connection was lost, and the client is getting a new one (status "
+                "RECONNECTING); wait_connected() waits for it, and reconnect=Reconnect(buffer_bytes=...) keeps what is published meanwhile"
+            )
         status = f" (status {self.status})" if self.status else ""
-        return (
-            f"cannot {self.action}: not connected{status}; call connect() first, or wait until the status is CONNECTED"
-        )
+        return f"cannot {self.action}: not connected{status}; call connect() first"
 
 
 class ClientClosedError(NotConnectedError):
@@ -490,7 +493,7 @@ class PayloadTooLargeError(LimitError, ValueError):
     def __str__(self) -> str:
         return (
             f"the payload{_on(self.subject)} is too large{self._figures(' bytes')}; send it in parts, "
-            "or raise payload_bytes in the server's limits"
+            "or raise payload_bytes in the server's limits (evbus serve --max-payload)"
         )
 
 

@@ -128,7 +128,12 @@ def subject_of(cls: object) -> str:
         raise TypeError(f"a subject is text, or a class that has one, not {_shown(cls)}")
     subject = getattr(cls, _MARK, None)
     if not isinstance(subject, str):
-        raise TypeError(f'{cls.__qualname__} has no subject: give one, or mark the class with @evbus.event("...")')
+        way = (
+            f'class {cls.__name__}(evbus.Query[...], subject="...")'
+            if issubclass(cls, Query)
+            else '@evbus.event("...")'
+        )
+        raise TypeError(f"{cls.__qualname__} has no subject: give one, or name it where the class is made: {way}")
     return subject
 
 
@@ -143,8 +148,9 @@ def address_of(subject: object, message: object) -> tuple[str, object]:
     if isinstance(subject, type):
         text = subject_of(subject)
         if not _is_one(message, subject):
-            given = "nothing" if message is OMITTED else _shown(message)
-            raise TypeError(f"the message on {subject.__qualname__} must be one, not {given}")
+            name = subject.__qualname__
+            given = "there is none" if message is OMITTED else f"this is {_shown(message)}"
+            raise TypeError(f"with the class {name} as the subject, the message must be one of its objects: {given}")
         return text, message
     text = subject_of(type(subject))
     if message is not OMITTED:

@@ -63,10 +63,11 @@ class GapTeller:
                 self._failed(exc)
 
     def _untold(self, gap: Gap) -> None:
-        level = logging.DEBUG if self._warned else logging.WARNING
-        self._warned = True
-        missed = "messages" if gap.count is None else f"{gap.count:,} messages"
-        _log.log(level, "the subscription on %s missed %s (%s)", one_line(gap.subject), missed, gap.reason)
+        # Reconnects are in the log once for all subscriptions; see the session.
+        level = logging.DEBUG if self._warned or gap.reason == "reconnect" else logging.WARNING
+        self._warned |= level == logging.WARNING
+        missed = "may have missed messages" if gap.count is None else f"missed {gap.count:,} messages"
+        _log.log(level, "the subscription on %s %s (%s)", one_line(gap.subject), missed, gap.reason)
         if gap.reason == "overflow":
             self._reports.tell(SlowConsumerError(gap.subject, missed=gap.count or 0))
 

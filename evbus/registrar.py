@@ -13,7 +13,7 @@ from evbus._outbox import PACK_OK
 from evbus.correlation import Correlation, Notify
 from evbus.errors import EvbusError, RefusedError, SlowConsumerError
 from evbus.plan import Interest, Plan
-from evbus.wire import HEADER_BYTES_23, ErrorCode, ObjectId, Overflow
+from evbus.wire import HEADER_BYTES_23, ErrorCode, ObjectId, Overflow, Role
 
 __all__ = ["Registrar"]
 
@@ -229,8 +229,8 @@ class Registrar:
         self._report(error)
 
     def tell_gap(self, count: int | None, reason: str) -> None:
-        """Every interest may have missed messages; each is told before the next message that comes. On the core's
-        thread; look at `inbox.take_ready` next.
+        """Every subscriber may have missed messages; each is told before the next message that comes. Responders get no
+        events, so they have missed none. On the core's thread; look at `inbox.take_ready` next.
 
         Args:
             count: how many; None if nobody knows.
@@ -238,7 +238,8 @@ class Registrar:
         """
         with self._lock:
             for interest in self.plan:
-                self._inbox.put_gap(interest.mailbox, count, reason)
+                if interest.role == Role.SUBSCRIBER:
+                    self._inbox.put_gap(interest.mailbox, count, reason)
 
     def connection_lost(self) -> None:
         """What was asked is not answered any more."""

@@ -376,13 +376,14 @@ class Session:
         facts, waiter = self.facts, self._handshake
         assert facts is not None
         assert waiter is not None
+        resumed = self.is_reconnecting
         with self.lock:
             announced = facts.dialect == Dialect.EVBUS_2
             self.plan.names_targets = announced
             self.inbox.forget_routes()
             self.inbox.open(facts.dialect, min(facts.packet_bytes, self.options.limits.packet_bytes))
             self._connects += 1
-            if self.is_reconnecting:
+            if resumed:
                 # Before anything of the new connection can come in.
                 self.registrar.tell_gap(None, "reconnect")
             self._heartbeat_s = min(self.options.heartbeat_s, facts.heartbeat_s or self.options.heartbeat_s)
@@ -394,7 +395,11 @@ class Session:
             # With what was published meanwhile, in one step: no new message can come before it.
             refused = self.outbox.open(facts.dialect, facts.payload_bytes, self._backlog.take())
         server = f" ({one_line(facts.server)}, connection {facts.connection})" if announced else " (version 1)"
-        _log.info("connected to %s%s", self.address, server)
+        if resumed:
+            missed = "; what was published meanwhile is missed" if len(self.plan) else ""
+            _log.warning("connected again to %s%s%s", self.address, server, missed)
+        else:
+            _log.info("connected to %s%s", self.address, server)
         self.set_status(ConnectStatus.CONNECTED)
         for subject, size in refused:
             self.unsent_bytes += size

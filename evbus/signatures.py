@@ -35,7 +35,8 @@ def decoder_for(handler: Handler, wanted: object, codec: Codec, *, coroutines: b
     """
     if not coroutines and is_coroutine_function(handler):
         raise TypeError(
-            f"{_name(handler)} is a coroutine function; EventClient calls plain functions only (AsyncEventClient both)"
+            f"{_name(handler)} is a coroutine function; EventClient and `evbus run` call plain functions only "
+            "(AsyncEventClient both)"
         )
     found = wanted_type(handler) if wanted is None else wanted
     if found is Message:

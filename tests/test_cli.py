@@ -160,7 +160,7 @@ def test_the_overview_lists_every_command(run: Run) -> None:
         (["serve", "--max-payload", "0"], "'0' is no size"),
         (["serve", "--max-payload", "unlimited"], "--max-payload: cannot be UNLIMITED; nothing was started"),
         (["serve", "--max-payload", "1GiB"], "--max-payload: must be at most"),
-        (["serve", "--host", "0.0.0.0"], "--allow-anonymous-network"),
+        (["serve", "--host", "0.0.0.0", "--port", "0"], "--allow-anonymous-network"),
         (["demo", "--mails", "nowhere.json"], "cannot read 'nowhere.json'"),
     ],
 )

@@ -71,6 +71,8 @@ def test_credentials_are_not_repeated() -> None:
 def test_addresses_print_as_people_write_them() -> None:
     assert str(Address("::1", 5)) == "[::1]:5"
     assert str(check_address("h", 1)) == "h:1"
+    with pytest.raises(ConfigError, match="give host='h' and port=91"):
+        check_address("h:91", 1)
     for host, port in (("", 1), (None, 1), ("h", 0), ("h", True), ("h", "1")):
         with pytest.raises(ConfigError):
             check_address(host, port)

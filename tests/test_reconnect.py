@@ -167,6 +167,12 @@ def test_the_buffer_of_kept_publishes_is_bounded(statuses: Statuses) -> None:
         assert bus.stats().unsent_bytes > 90_000
 
 
+@pytest.mark.parametrize("option", [{"port": 9999}, {"host": "127.0.0.1"}, {"servers": ["a"]}])
+def test_connect_does_not_take_what_belongs_into_the_url(option: dict[str, object]) -> None:
+    with pytest.raises(evbus.ConfigError, match="part of the URL"):
+        evbus.connect(**option)  # type: ignore[arg-type]
+
+
 def test_several_servers() -> None:
     with EventServer(port=0) as first, EventServer(port=0) as second:
         bus = evbus.connect(f"evbus://127.0.0.1:{first.port},127.0.0.1:{second.port}", reconnect=QUICK)
