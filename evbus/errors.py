@@ -199,7 +199,8 @@ class NotConnectedError(EvbusError, ConnectionError):
         if self.status == "RECONNECTING":
             return (
                 f"cannot {self.action}: the connection was lost, and the client is getting a new one (status "
-                "RECONNECTING); wait_connected() waits for it, and reconnect=Reconnect(buffer_bytes=...) keeps what is published meanwhile"
+                "RECONNECTING); wait_connected() waits for it, and Reconnect(buffer_bytes=...) keeps what is published "
+                "meanwhile"
             )
         status = f" (status {self.status})" if self.status else ""
         return f"cannot {self.action}: not connected{status}; call connect() first"
