@@ -449,8 +449,7 @@ def test_claims_cost_nothing() -> None:
         clients = [stack.enter_context(connect(server)) for _ in range(50)]
         for client in clients:
             client.send_bytes(claim)
-        wait_for(lambda: server.stats()["ring_bytes"] >= 50 * 512)
-        assert server.stats()["ring_bytes"] == 50 * 512
+        wait_for(lambda: server.stats()["ring_bytes"] == 50 * 512)  # not while it is at one of them
         assert server.rss - before < 8 * MIB
         exchange(server)
 
@@ -461,7 +460,7 @@ def test_idle_connections_hold_no_rings() -> None:
         clients = [stack.enter_context(connect(server)) for _ in range(100)]
         for client in clients:
             client.heartbeat()
-        assert server.stats()["ring_bytes"] == 0
+        wait_for(lambda: server.stats()["ring_bytes"] == 0)  # not while it answers the last one
 
 
 @pytest.mark.skipif(os.name == "nt", reason="descriptors are counted differently there")
