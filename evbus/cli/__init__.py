@@ -34,6 +34,7 @@ COMMANDS: Final = {
     "reply": "answer queries",
     "run": "run the handlers that a module declares",
     "ping": "measure the round trip to the server",
+    "bench": "measure a server and the clients, with every message checked",
     "demo": "watch a server and several clients at work",
     "version": "print the version",
 }
