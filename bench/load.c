@@ -6,7 +6,11 @@
 
    Two ways to run: `load_check` numbers every message (a stamp at the head of the payload: publisher, sequence), takes
    every delivery apart and fails on the first byte that is not as it must be; `load_time` sends the same bytes over and
-   over and only counts. */
+   over and only counts. A third, `load_paced`, sends each message at its time, checks like the first, and notes how long
+   after that time each delivery was there.
+
+   There may be several frames, of the same length and with the same payload, one for each subject: message i is frame i
+   modulo their number. Where each subscriber has a share of the subjects, subscriber s of n gets messages s, s + n, ... */
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -41,6 +45,7 @@ struct frames {
     int64_t delivery_len; /* what a subscriber receives for one message */
     int64_t delivery_payload_at;
     int64_t reply_len; /* what the publisher receives for one message: 0 if the server says nothing */
+    int64_t n_frames;  /* how many frames stand one behind the other at `frame` */
 };
 
 struct plan {
@@ -51,6 +56,9 @@ struct plan {
     int64_t messages; /* of each publisher */
     int64_t window;   /* messages that may be under way to the slowest subscriber */
     double limit_s;
+    int32_t share;        /* 1: each subscriber gets its share of the messages; 0: all of them */
+    double interval_s;    /* from one message to the next; 0: as fast as the window allows. One publisher only */
+    double *latencies_s;  /* with an interval: one for each delivery, by message and subscriber; else NULL */
 };
 
 struct result {
@@ -74,7 +82,10 @@ struct in { /* one subscriber */
     int64_t have;     /* bytes of an unfinished delivery */
     uint8_t *part;
     int64_t *next; /* by publisher: the sequence number that is due */
+    int64_t due;   /* bytes */
 };
+
+static double begun_s; /* when message 0 of a paced run was due */
 
 static double now(void) {
     struct timespec t;
@@ -104,7 +115,11 @@ static enum outcome check(const struct frames *f, const struct plan *plan, struc
     result->found = (int64_t)sequence;
     if (sequence != (uint64_t)in->next[publisher]) return OUT_OF_ORDER;
     if (memcmp(payload + STAMP, f->frame + f->payload_at + STAMP, (size_t)(f->payload_len - STAMP)) != 0) return DAMAGED;
-    in->next[publisher]++;
+    in->next[publisher] += plan->share ? plan->n_subscribers : 1;
+    if (plan->latencies_s) {
+        int64_t at = plan->share ? (int64_t)sequence : (int64_t)sequence * plan->n_subscribers + result->subscriber;
+        plan->latencies_s[at] = now() - (begun_s + (double)sequence * plan->interval_s);
+    }
     return DONE;
 }
 
@@ -137,11 +152,11 @@ static void refill(const struct frames *f, const struct plan *plan, struct out *
     int64_t n = plan->messages - out->numbered;
     if (n > room) n = room;
     if (n > fit) n = fit;
-    if (checked)
+    if (checked || f->n_frames > 1)
         for (int64_t i = 0; i < n; i++) {
             uint8_t *frame = out->batch + i * f->frame_len;
-            memcpy(frame, f->frame, (size_t)f->frame_len);
-            stamp(frame + f->payload_at, publisher, (uint64_t)(out->numbered + i));
+            memcpy(frame, f->frame + (out->numbered + i) % f->n_frames * f->frame_len, (size_t)f->frame_len);
+            if (checked) stamp(frame + f->payload_at, publisher, (uint64_t)(out->numbered + i));
         }
     out->numbered += n;
     out->at = 0;
@@ -174,25 +189,33 @@ static int64_t receive(int fd, uint8_t *sink, int keep) {
 static enum outcome run(const struct frames *f, const struct plan *plan, struct out *outs, struct in *ins,
                         struct pollfd *polled, uint8_t *sink, int checked, struct result *result) {
     int np = plan->n_publishers, ns = plan->n_subscribers;
-    int64_t all = plan->messages * np, due = all * f->delivery_len, replies = plan->messages * f->reply_len;
+    int64_t all = plan->messages * np, replies = plan->messages * f->reply_len, step = plan->share ? ns : 1;
+    begun_s = now();
     for (int i = 0; i < np; i++) polled[i].fd = plan->publishers[i];
     for (int i = 0; i < ns; i++) polled[np + i].fd = plan->subscribers[i], polled[np + i].events = POLLIN;
+    for (int i = 0; i < ns; i++) ins[i].due = (all / step + (step > 1 && i < all % step)) * f->delivery_len;
     double deadline = now() + plan->limit_s;
     for (;;) {
-        int64_t slowest = due, waiting_for_replies = 0, sent = 0;
-        for (int i = 0; i < ns; i++)
-            if (ins[i].received < slowest) slowest = ins[i].received;
+        int64_t slowest = all * f->delivery_len, missing = 0, waiting_for_replies = 0, sent = 0;
+        for (int i = 0; i < ns; i++) {
+            if (ins[i].received < ins[i].due && ins[i].received < slowest) slowest = ins[i].received;
+            missing |= ins[i].received < ins[i].due;
+        }
         for (int i = 0; i < np; i++) {
             sent += outs[i].numbered;
             waiting_for_replies |= outs[i].replied < replies;
         }
-        if (slowest == due && !waiting_for_replies) return DONE;
-        int64_t room = plan->window - (sent - slowest / f->delivery_len);
+        if (!missing && !waiting_for_replies) return DONE;
+        int64_t room = plan->window - (sent - slowest / f->delivery_len * step);
+        if (plan->interval_s > 0) { /* what is due by now, whoever keeps up or not */
+            double passed = (now() - begun_s) / plan->interval_s;
+            room = (passed < (double)plan->messages ? (int64_t)passed + 1 : plan->messages) - sent;
+        }
         for (int i = 0; i < np; i++) {
             int more = outs[i].at < outs[i].end || (outs[i].numbered < plan->messages && room > 0);
             polled[i].events = (short)(POLLIN | (more ? POLLOUT : 0));
         }
-        int ready = poll(polled, (nfds_t)(np + ns), 200);
+        int ready = poll(polled, (nfds_t)(np + ns), plan->interval_s > 0 ? 0 : 200); /* paced: spins, on a core of its own */
         if (ready < 0) return errno == EINTR ? INTERRUPTED : CLOSED;
         if (now() > deadline) return TIMED_OUT;
         for (int i = 0; i < ns; i++) {
@@ -201,8 +224,8 @@ static enum outcome run(const struct frames *f, const struct plan *plan, struct 
             int64_t n = receive(plan->subscribers[i], sink, checked);
             if (n < 0) return CLOSED;
             ins[i].received += n;
-            result->found = ins[i].received, result->expected = due;
-            if (ins[i].received > due) return SURPLUS;
+            result->found = ins[i].received, result->expected = ins[i].due;
+            if (ins[i].received > ins[i].due) return SURPLUS;
             if (checked) {
                 enum outcome outcome = take_apart(f, plan, &ins[i], sink, n, result);
                 if (outcome != DONE) return outcome;
@@ -241,12 +264,13 @@ static int start(const struct frames *f, const struct plan *plan, int checked, s
         outs[i].batch = malloc((size_t)batch);
         if (!outs[i].batch) complete = 0;
         else
-            for (int64_t at = 0; at < batch; at += f->frame_len) memcpy(outs[i].batch + at, f->frame, (size_t)f->frame_len);
+            for (int64_t at = 0; at + f->frame_len <= batch; at += f->frame_len) memcpy(outs[i].batch + at, f->frame, (size_t)f->frame_len);
     }
     for (int i = 0; complete && i < ns; i++) {
         ins[i].part = malloc((size_t)f->delivery_len);
         ins[i].next = calloc((size_t)np, sizeof *ins[i].next);
         complete = ins[i].part && ins[i].next;
+        for (int p = 0; complete && plan->share && p < np; p++) ins[i].next[p] = i;
     }
     if (complete) {
         double began = now();
@@ -263,5 +287,7 @@ static int start(const struct frames *f, const struct plan *plan, int checked, s
 }
 
 int load_check(const struct frames *f, const struct plan *plan, struct result *result) { return start(f, plan, 1, result); }
+
+int load_paced(const struct frames *f, const struct plan *plan, struct result *result) { return start(f, plan, 1, result); }
 
 int load_time(const struct frames *f, const struct plan *plan, struct result *result) { return start(f, plan, 0, result); }

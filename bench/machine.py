@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import resource
 import time
 from collections.abc import Iterator
 
-__all__ = ["cores", "cpu_ns", "facts", "pinned"]
+__all__ = ["cores", "cpu_ns", "descriptors", "facts", "pinned", "rss_bytes"]
 
 
 def cores() -> tuple[int, int] | None:
@@ -43,6 +44,26 @@ def cpu_ns(pid: int) -> int:
 
     times = psutil.Process(pid).cpu_times()
     return int((times.user + times.system) * 1e9)
+
+
+def rss_bytes(pid: int) -> int:
+    """Memory of a process that is in use and resident."""
+    try:
+        with open(f"/proc/{pid}/statm", encoding="ascii") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+    except FileNotFoundError:
+        import psutil  # type: ignore[import-untyped,unused-ignore]  # as above
+
+        return int(psutil.Process(pid).memory_info().rss)
+
+
+def descriptors() -> int:
+    """How many files this process may open, after asking for as many as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, 1 << 16) if hard != resource.RLIM_INFINITY else 1 << 16
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(wanted, soft), hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def facts() -> dict[str, object]:

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
@@ -45,6 +45,7 @@ class Frames:
     delivery_len: int
     delivery_payload_at: int
     reply_len: int = 0
+    count: int = 1  # frames that stand one behind the other in `frame`, one for each subject
 
     def __post_init__(self) -> None:
         """Refuse what would make the C code read outside the frame."""
@@ -52,7 +53,7 @@ class Frames:
             raise BenchError(
                 f"a payload of {self.payload_len} bytes has no room for the stamp: use {STAMP_BYTES} or more"
             )
-        if not 0 <= self.payload_at <= len(self.frame) - self.payload_len:
+        if not 0 <= self.payload_at <= len(self.frame) // self.count - self.payload_len:
             raise BenchError("the payload lies outside the frame")
         if not 0 <= self.delivery_payload_at <= self.delivery_len - self.payload_len:
             raise BenchError("the payload lies outside the delivery")
@@ -66,6 +67,7 @@ class Run:
     seconds: float
     delivered: int
     trouble: str
+    latencies_s: list[float] = field(default_factory=list)
 
 
 class _CFrames(ctypes.Structure):
@@ -77,6 +79,7 @@ class _CFrames(ctypes.Structure):
         ("delivery_len", ctypes.c_int64),
         ("delivery_payload_at", ctypes.c_int64),
         ("reply_len", ctypes.c_int64),
+        ("n_frames", ctypes.c_int64),
     )
 
 
@@ -89,6 +92,9 @@ class _CPlan(ctypes.Structure):
         ("messages", ctypes.c_int64),
         ("window", ctypes.c_int64),
         ("limit_s", ctypes.c_double),
+        ("share", ctypes.c_int32),
+        ("interval_s", ctypes.c_double),
+        ("latencies_s", ctypes.POINTER(ctypes.c_double)),
     )
 
 
@@ -119,6 +125,8 @@ class Load:
         window: int,
         limit_s: float,
         checked: bool,
+        share: bool = False,
+        rate: float = 0.0,
     ) -> Run:
         """Send `messages` from each publisher and wait until each subscriber has each of them.
 
@@ -130,16 +138,21 @@ class Load:
             window: number of messages that may be under way to the slowest subscriber.
             limit_s: seconds after which the run is given up.
             checked: number the messages and check every byte of every payload; or only count.
+            share: subscriber s of n gets messages s, s + n, ... and not all of them.
+            rate: messages a second, sent at their time whoever keeps up; checked, with one publisher and one
+                subscriber, and the latencies are in the Run. 0: as fast as the window allows.
         """
         c_frames = _CFrames(
             frames.frame,
-            len(frames.frame),
+            len(frames.frame) // frames.count,
             frames.payload_at,
             frames.payload_len,
             frames.delivery_len,
             frames.delivery_payload_at,
             frames.reply_len,
+            frames.count,
         )
+        latencies = (ctypes.c_double * (messages * len(subscribers)))() if rate else None
         plan = _CPlan(
             (ctypes.c_int * len(publishers))(*publishers),
             (ctypes.c_int * len(subscribers))(*subscribers),
@@ -148,13 +161,16 @@ class Load:
             messages,
             window,
             limit_s,
+            share,
+            1 / rate if rate else 0.0,
+            ctypes.cast(latencies, ctypes.POINTER(ctypes.c_double)) if latencies is not None else None,
         )
         result = _CResult()
-        function = self._library.load_check if checked else self._library.load_time
+        name = "load_paced" if rate else "load_check" if checked else "load_time"
+        function = getattr(self._library, name)
         outcome = Outcome(function(ctypes.byref(c_frames), ctypes.byref(plan), ctypes.byref(result)))
-        return Run(
-            outcome, result.seconds, result.delivered, "" if outcome is Outcome.DONE else _trouble(outcome, result)
-        )
+        trouble = "" if outcome is Outcome.DONE else _trouble(outcome, result)
+        return Run(outcome, result.seconds, result.delivered, trouble, list(latencies) if latencies is not None else [])
 
 
 def _trouble(outcome: Outcome, result: _CResult) -> str:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import re
 import shutil
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.errors import BenchError, UnavailableError
 from bench.native import Frames
 from bench.process import ServerProcess
 
-__all__ = ["IO_S", "Peer", "dial", "expect", "program", "receive_exactly", "version_line"]
+__all__ = ["CHUNK", "IO_S", "Peer", "dial", "expect", "program", "receive_exactly", "version_line"]
 
 #: Seconds that any one answer of a server may take outside the timed runs.
 IO_S = 10.0
+#: Subscriptions that are asked for at a time: their answers fit into what a socket holds.
+CHUNK = 500
 
 
 class Peer(abc.ABC):
@@ -64,6 +68,15 @@ class Peer(abc.ABC):
     @abc.abstractmethod
     def subscriber(self, subject: str) -> socket.socket:
         """A connection whose subscription is active."""
+
+    def subscribe_many(self, connection: socket.socket, subjects: Sequence[str]) -> None:
+        """Subscribe a connection of `publisher` to further subjects; returns when all are active."""
+        raise UnavailableError(f"{self.name} knows no subjects")
+
+    def many_frames(self, subjects: Sequence[str], payload: bytes) -> Frames:
+        """One message for each subject, for connections of `subscribe_many`. The subjects have the same length."""
+        each = [self.frames(subject, payload, 1) for subject in subjects]
+        return dataclasses.replace(each[0], frame=b"".join(one.frame for one in each), count=len(each))
 
     @abc.abstractmethod
     def publisher(self) -> socket.socket:

@@ -6,10 +6,11 @@ import importlib.util
 import socket
 import struct
 import sys
+from collections.abc import Sequence
 
 from bench.errors import BenchError, UnavailableError
 from bench.native import Frames
-from bench.peers.base import Peer, dial, receive_exactly
+from bench.peers.base import CHUNK, Peer, dial, receive_exactly
 from evbus._version import __version__
 from evbus.wire import ANNOUNCEMENT_PREFIX, Codec, ObjectId, Status
 
@@ -52,6 +53,13 @@ class Evbus(Peer):
         connection.sendall(self._subscribe(subject))
         _expect_success(connection, "subscribe")
         return connection
+
+    def subscribe_many(self, connection: socket.socket, subjects: Sequence[str]) -> None:
+        for at in range(0, len(subjects), CHUNK):
+            chunk = subjects[at : at + CHUNK]
+            connection.sendall(b"".join(map(self._subscribe, chunk)))
+            for _ in chunk:
+                _expect_success(connection, "subscribe")
 
     def _subscribe(self, subject: str) -> bytes:
         fields = struct.pack("<iBB", 1, 0, 0)  # SubscriptionId, Role, Overflow

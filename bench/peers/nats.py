@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
+from collections.abc import Sequence
 
 from bench.errors import BenchError
 from bench.native import Frames
-from bench.peers.base import Peer, dial, expect, program, version_line
+from bench.peers.base import CHUNK, Peer, dial, expect, program, version_line
 
 __all__ = ["Nats"]
 
@@ -18,6 +20,7 @@ class Nats(Peer):
     """The text protocol of NATS: PUB, SUB, MSG."""
 
     name = "nats"
+    _last = 0  # number of the last subscription of `subscribe_many`
 
     @classmethod
     def version(cls) -> str:
@@ -44,6 +47,24 @@ class Nats(Peer):
         connection.sendall(b"SUB %s 1\r\nPING\r\n" % subject.encode())
         expect(connection, b"PONG\r\n")
         return connection
+
+    def subscribe_many(self, connection: socket.socket, subjects: Sequence[str]) -> None:
+        for at in range(0, len(subjects), CHUNK):
+            # Every delivery must have the same length, so every number has six digits.
+            lines = [
+                b"SUB %s %06d\r\n" % (name.encode(), self._last + i)
+                for i, name in enumerate(subjects[at : at + CHUNK], 1)
+            ]
+            self._last += len(lines)
+            connection.sendall(b"".join(lines) + b"PING\r\n")
+            expect(connection, b"PONG\r\n")
+
+    def many_frames(self, subjects: Sequence[str], payload: bytes) -> Frames:
+        frames = super().many_frames(subjects, payload)
+        width = len("000001") - len("1")
+        return dataclasses.replace(
+            frames, delivery_len=frames.delivery_len + width, delivery_payload_at=frames.delivery_payload_at + width
+        )
 
     def frames(self, subject: str, payload: bytes, subscribers: int) -> Frames:  # noqa: ARG002
         head = b"PUB %s %d\r\n" % (subject.encode(), len(payload))

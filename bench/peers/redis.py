@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.errors import BenchError
 from bench.native import Frames
-from bench.peers.base import Peer, dial, expect, program, version_line
+from bench.peers.base import CHUNK, Peer, dial, expect, program, version_line
 
 __all__ = ["Redis"]
 
@@ -51,6 +52,16 @@ class Redis(Peer):
         expect(connection, b"*3\r\n" + _bulk(b"subscribe") + _bulk(subject.encode()) + b":1\r\n")
         self._subscribers.add(connection)
         return connection
+
+    def subscribe_many(self, connection: socket.socket, subjects: Sequence[str]) -> None:
+        done = 0
+        for at in range(0, len(subjects), CHUNK):
+            chunk = [subject.encode() for subject in subjects[at : at + CHUNK]]
+            connection.sendall(_command(b"SUBSCRIBE", *chunk))
+            for name in chunk:
+                done += 1
+                expect(connection, b"*3\r\n" + _bulk(b"subscribe") + _bulk(name) + b":%d\r\n" % done)
+        self._subscribers.add(connection)
 
     def frames(self, subject: str, payload: bytes, subscribers: int) -> Frames:
         frame = _command(b"PUBLISH", subject.encode(), payload)
