@@ -71,7 +71,7 @@ class Peer(abc.ABC):
 
     def subscribe_many(self, connection: socket.socket, subjects: Sequence[str]) -> None:
         """Subscribe a connection of `publisher` to further subjects; returns when all are active."""
-        raise UnavailableError(f"{self.name} knows no subjects")
+        raise UnavailableError(f"{self.name} cannot subscribe {connection.fileno()} to {len(subjects)} subjects")
 
     def many_frames(self, subjects: Sequence[str], payload: bytes) -> Frames:
         """One message for each subject, for connections of `subscribe_many`. The subjects have the same length."""

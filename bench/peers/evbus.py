@@ -28,6 +28,7 @@ class Evbus(Peer):
     """Version 2 of the protocol, as evbus's own clients speak it."""
 
     name = "evbus"
+    _last = 1  # number of the last subscription of `subscribe_many`
     _announcement: str | None = _ANNOUNCEMENT
 
     @classmethod
@@ -57,12 +58,14 @@ class Evbus(Peer):
     def subscribe_many(self, connection: socket.socket, subjects: Sequence[str]) -> None:
         for at in range(0, len(subjects), CHUNK):
             chunk = subjects[at : at + CHUNK]
-            connection.sendall(b"".join(map(self._subscribe, chunk)))
+            requests = [self._subscribe(subject, self._last + index) for index, subject in enumerate(chunk, 1)]
+            self._last += len(chunk)
+            connection.sendall(b"".join(requests))
             for _ in chunk:
                 _expect_success(connection, "subscribe")
 
-    def _subscribe(self, subject: str) -> bytes:
-        fields = struct.pack("<iBB", 1, 0, 0)  # SubscriptionId, Role, Overflow
+    def _subscribe(self, subject: str, number: int = 1) -> bytes:
+        fields = struct.pack("<iBB", number, 0, 0)  # SubscriptionId, Role, Overflow
         return _packet(ObjectId.SUBSCRIBE, 2, _string("subscribe") + _string(subject) + fields + _string(""))
 
     def frames(self, subject: str, payload: bytes, subscribers: int) -> Frames:  # noqa: ARG002
@@ -89,7 +92,7 @@ class EvbusVersion1(Evbus):
     name = "evbus-v1"
     _announcement = None
 
-    def _subscribe(self, subject: str) -> bytes:
+    def _subscribe(self, subject: str, number: int = 1) -> bytes:  # noqa: ARG002  # version 1 has no numbers
         return _packet(ObjectId.SUBSCRIBE, 1, _string("subscribe") + _string(subject))
 
     def frames(self, subject: str, payload: bytes, subscribers: int) -> Frames:  # noqa: ARG002
