@@ -151,7 +151,7 @@ def scale(
         progress: is told what is going on.
     """
     server_core, load_core = cores() or (None, None)
-    most = min(_MOST_CONNECTIONS, descriptors() // 2 - 100)
+    most = min(_MOST_CONNECTIONS, descriptors() - 200)
     with tempfile.TemporaryDirectory(prefix="evbus-bench-") as scratch, pinned(load_core):
         load = compile_load(Path(scratch))
 
@@ -168,7 +168,10 @@ def scale(
                     continue
                 progress(f"{growth}: {place:,}")
                 peers = [make(name) for name in names if name in able]
-                yield _place(growth, place, peers, prepare, load, rounds, messages)
+                # The connections of one server after the other: those of all would be more than descriptors.
+                groups = [[peer] for peer in peers] if growth == "idle connections" else [peers]
+                found = [_place(growth, place, group, prepare, load, rounds, messages) for group in groups]
+                yield [point for points in found for point in points]
         count = min(1_000, largest, most)
         progress(f"one connection: memory and processor time, over {count:,}")
         for name in names:
