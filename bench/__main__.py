@@ -1,12 +1,14 @@
-"""`python -m bench throughput`: measure the server beside its peers."""
+"""`python -m bench PART`: measure the server and the clients beside their peers."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from bench.errors import BenchError
+from bench.everything import PARTS, collect, failures, write
 from bench.machine import facts
 from bench.peers import PEERS
 from bench.plan import default_workloads, parse_shapes, parse_sizes, workloads
@@ -36,7 +38,41 @@ def _parser() -> argparse.ArgumentParser:
         "--max-seconds", type=float, default=900.0, help="begin nothing new after this (default 900)"
     )
     throughput.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
+    for name, words in (
+        ("scale", "how the server's cost grows with subjects, patterns, connections; what a connection costs"),
+        ("latency", "publish to delivery, at fixed rates and at shares of each server's peak"),
+        ("clients", "the Python clients: publishing, receiving, asking"),
+        ("report", "everything, as a Markdown report with charts"),
+    ):
+        part = commands.add_parser(name, help=words, description=words)
+        part.add_argument("--rounds", type=int, help="timed runs of each peer (default 5, with --quick 3)")
+        part.add_argument("--quick", action="store_true", help="fewer and smaller runs: a look, not a figure")
+        if name == "report":
+            part.add_argument("--into", type=Path, default=Path("bench/results"), metavar="DIRECTORY")
+            part.add_argument("--parts", default=",".join(PARTS), help="of %(default)s (default: all)")
+        else:
+            part.add_argument("--json", action="store_true", help="the figures as one JSON object instead of tables")
     return parser
+
+
+def _part(options: argparse.Namespace) -> int:
+    parts = options.parts.split(",") if options.command == "report" else [options.command]
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise BenchError(f"--parts: unknown {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if options.rounds is not None and not 1 <= options.rounds <= 100:
+        raise BenchError("--rounds: 1 to 100")
+    data = collect(parts, quick=options.quick, rounds=options.rounds, progress=_say)
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    if options.command == "report":
+        for path in write(data, options.into):
+            print(path)
+    else:
+        print(json.dumps(data) if options.json else markdown(data, ()))
+    for failure in failures(data):
+        print(f"bench: {failure}", file=sys.stderr)
+    return 1 if failures(data) else 0
 
 
 def _throughput(options: argparse.Namespace) -> int:
@@ -96,7 +132,7 @@ def main() -> int:
     """Run the command line; returns the exit code: 0 done, 1 a peer failed, 2 it could not be run at all."""
     options = _parser().parse_args()
     try:
-        return _throughput(options)
+        return _throughput(options) if options.command == "throughput" else _part(options)
     except BenchError as e:
         print(f"bench: {e}", file=sys.stderr)
         return 2

@@ -107,7 +107,9 @@ def latency(
             except BenchError as error:
                 yield [LatencyPoint("peak", bench.peer.name, 0, problem=str(error))]
         ready = [bench for bench in benches if bench.peer.name in peaks]
-        plan: list[tuple[str, Callable[[str], float]]] = [(f"{rate:,} /s", lambda _, r=rate: float(r)) for rate in _FIXED]  # type: ignore[misc]
+        plan: list[tuple[str, Callable[[str], float]]] = [
+            (f"{rate:,} /s", lambda _, r=rate: float(r)) for rate in _FIXED
+        ]  # type: ignore[misc]
         plan += [(f"{share:.0%} of its peak", lambda name, s=share: peaks[name] * s) for share in _SHARES]  # type: ignore[misc]
         for title, rate_of in plan:
             progress(f"latency: {title}")

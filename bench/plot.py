@@ -53,7 +53,12 @@ def _frame(title: str, y_label: str, x_label: str, scale: _Scale, series: Sequen
         f"<title>{escape(title)}</title>",
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
         _text(_WIDTH / 2, 24, title, more=' font-size="15" font-weight="bold"'),
-        _text(16, (_HEIGHT - _BOTTOM + _TOP) / 2, y_label, more=f' transform="rotate(-90 16 {(_HEIGHT - _BOTTOM + _TOP) / 2})"'),
+        _text(
+            16,
+            (_HEIGHT - _BOTTOM + _TOP) / 2,
+            y_label,
+            more=f' transform="rotate(-90 16 {(_HEIGHT - _BOTTOM + _TOP) / 2})"',
+        ),
         _text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - _BOTTOM + 38, x_label),
     ]
     for power in range(scale.low, scale.high + 1):
