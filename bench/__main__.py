@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from bench.document import markdown
 from bench.errors import BenchError
 from bench.everything import PARTS, collect, failures, write
 from bench.machine import facts

@@ -7,6 +7,7 @@ its own class only.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import json
 import sys
@@ -65,6 +66,8 @@ def report(meter: Meter, count: int, latencies: list[float] | None = None, probl
 
 
 class EvbusSync:
+    """The synchronous client; queries of many at once come from as many threads."""
+
     def publish(self, port: int, count: int) -> dict[str, Any]:
         import evbus
 
@@ -126,11 +129,23 @@ class EvbusSync:
         return report(meter, len(latencies), latencies, "; ".join(wrong[:3]))
 
 
-class _Asyncio:
-    """A library for asyncio: its four verbs are coroutines."""
+class _Asyncio(abc.ABC):
+    """A library for asyncio: its verbs are coroutines."""
 
-    async def open(self, port: int) -> Any:
-        raise TypeError
+    @abc.abstractmethod
+    async def open(self, port: int) -> Any: ...
+
+    @abc.abstractmethod
+    async def subscribe(self, bus: Any, got: Receiving) -> None: ...
+
+    @abc.abstractmethod
+    async def respond(self, bus: Any) -> None: ...
+
+    @abc.abstractmethod
+    async def ask(self, bus: Any, body: bytes) -> bytes: ...
+
+    @abc.abstractmethod
+    async def close(self, bus: Any) -> None: ...
 
     def publish(self, port: int, count: int) -> dict[str, Any]:
         async def main() -> dict[str, Any]:
@@ -197,20 +212,10 @@ class _Asyncio:
 
         return asyncio.run(main())
 
-    async def subscribe(self, bus: Any, got: Receiving) -> None:
-        raise TypeError
-
-    async def respond(self, bus: Any) -> None:
-        raise TypeError
-
-    async def ask(self, bus: Any, body: bytes) -> bytes:
-        raise TypeError
-
-    async def close(self, bus: Any) -> None:
-        raise TypeError
-
 
 class EvbusAsync(_Asyncio):
+    """The asyncio client."""
+
     async def open(self, port: int) -> Any:
         import evbus
 
@@ -237,6 +242,8 @@ class EvbusAsync(_Asyncio):
 
 
 class NatsPy(_Asyncio):
+    """nats-py, without limits on what may wait for a handler."""
+
     async def open(self, port: int) -> Any:
         import nats
 

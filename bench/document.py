@@ -87,8 +87,8 @@ def markdown(data: dict[str, Any], pictures: Iterable[str]) -> str:
         f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}; {cores}. "
         f"{'; '.join(_ordered(data['versions'].values()))}. "
         + "".join(f"Left out: {name} ({why}). " for name, why in data["missing"].items())
-        + f"{data['rounds']} rounds, the peers in turns; every figure is the median ± half the distance from the smallest "
-        "to the largest round; a ratio is the median of the rounds' ratios.\n\n"
+        + f"{data['rounds']} rounds, the peers in turns; every figure is the median ± half the distance from the "
+        "smallest to the largest round; a ratio is the median of the rounds' ratios.\n\n"
         "Each peer was checked first: every message once, in order, byte for byte. One that is not is marked FAILED.\n"
     ]
     if data["throughput"]:
@@ -98,8 +98,8 @@ def markdown(data: dict[str, Any], pictures: Iterable[str]) -> str:
             + picture("fanout.svg", "processor time by number of subscribers")
             + _grid(data["throughput"], "workload", "peer", "rounds", _NATS, ["evbus"], "work")
             + "\n### Deliveries per second\n\n"
-            "What came through with one core for the server and one for the load; near the top the load is the slower one.\n\n"
-            + _grid(data["throughput"], "workload", "peer", "per_s", _NATS, ["evbus"], "work")
+            "What came through with one core for the server and one for the load; near the top the load is the "
+            "slower one.\n\n" + _grid(data["throughput"], "workload", "peer", "per_s", _NATS, ["evbus"], "work")
         )
     growths = _ordered(row["growth"] for row in data["scale"])
     for growth in growths:

@@ -1,4 +1,4 @@
-"""Latency from publish to delivery at fixed rates: each message is sent at its time, and its latency counts from then."""
+"""Latency from publish to delivery at fixed rates: each message has its time, and its latency counts from then."""
 
 from __future__ import annotations
 

@@ -47,9 +47,9 @@ def _text(x: float, y: float, text: str, anchor: str = "middle", more: str = "")
 
 
 def _frame(title: str, y_label: str, x_label: str, scale: _Scale, series: Sequence[Series]) -> list[str]:
+    style = 'font-family="sans-serif" font-size="12" role="img"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" '
-        f'height="{_HEIGHT}" font-family="sans-serif" font-size="12" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" {style}>',
         f"<title>{escape(title)}</title>",
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
         _text(_WIDTH / 2, 24, title, more=' font-size="15" font-weight="bold"'),
