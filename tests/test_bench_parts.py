@@ -61,11 +61,15 @@ def play(
             return
         data = bytearray()
         while len(data) < messages * UNIT:
-            data += theirs[0].recv(65536)
+            more = theirs[0].recv(65536)
+            if not more:
+                return
+            data += more
         for sock, part in zip(
             theirs[1:], deal([bytes(data[at : at + UNIT]) for at in range(0, len(data), UNIT)]), strict=True
         ):
-            sock.sendall(part)
+            with contextlib.suppress(OSError):
+                sock.sendall(part)
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
