@@ -107,13 +107,13 @@ def latency(
             except BenchError as error:
                 yield [LatencyPoint("peak", bench.peer.name, 0, problem=str(error))]
         ready = [bench for bench in benches if bench.peer.name in peaks]
-        plan: list[tuple[str, Callable[[str], float]]] = [
-            (f"{rate:,} /s", lambda _, r=rate: float(r)) for rate in _FIXED
-        ]  # type: ignore[misc]
-        plan += [(f"{share:.0%} of its peak", lambda name, s=share: peaks[name] * s) for share in _SHARES]  # type: ignore[misc]
-        for title, rate_of in plan:
+        plan = [(f"{rate:,} /s", {name: float(rate) for name in peaks}) for rate in _FIXED]
+        plan += [
+            (f"{share:.0%} of its peak", {name: peak * share for name, peak in peaks.items()}) for share in _SHARES
+        ]
+        for title, rates in plan:
             progress(f"latency: {title}")
-            points = {b.peer.name: LatencyPoint(title, b.peer.name, rate_of(b.peer.name)) for b in ready}
+            points = {b.peer.name: LatencyPoint(title, b.peer.name, rates[b.peer.name]) for b in ready}
             for _ in range(rounds):
                 for bench in ready:
                     _round(bench, points[bench.peer.name], seconds)
