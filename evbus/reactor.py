@@ -75,6 +75,9 @@ EVENT_WRITE = selectors.EVENT_WRITE
 _MAX_WAIT_S = 86_400.0
 # Cancelled timers are swept out of the heap only when there are this many: below, it is not worth a thought.
 _MIN_SWEEP = 64
+# So often in a row lingering may be in vain; then it is tried again with every so manieth wait.
+_LUCK = 8
+_PROBE = 64
 # A failing callback that is called again and again must not make the log the bottleneck.
 _MAX_ERROR_LOGS_PER_S = 10
 
@@ -259,6 +262,8 @@ class Reactor:
         self.errors = 0
         self._clock = clock
         self._now = clock()
+        self._linger_s = 0.0
+        self._luck = _LUCK
         self._in_turn = False
         self._stopping = False
         self._closed = False
@@ -441,6 +446,31 @@ class Reactor:
         self._stopping = True
         self._wake()
 
+    def linger(self, seconds: float) -> None:
+        """Before the loop sleeps next, look for readiness again and again for so long: something is expected at once.
+
+        It costs processor time, so it is given up for a while when it was in vain a few times.
+        """
+        self._linger_s = seconds
+
+    def _look_again(self) -> list[tuple[selectors.SelectorKey, int]]:
+        if self._luck <= 0:
+            self._luck -= 1
+            if self._luck > -_PROBE:
+                return []
+            self._luck = 0
+        select, clock = self._selector.select, self._clock
+        end = clock() + self._linger_s
+        while not self._inbox and not self._stopping:
+            events = select(0)
+            if events:
+                self._luck = _LUCK
+                return events
+            if clock() >= end:
+                break
+        self._luck = max(self._luck - 1, 0)
+        return []
+
     def run_once(self, timeout: float | None = None) -> None:
         """One turn; see the module's docstring.
 
@@ -453,6 +483,8 @@ class Reactor:
         soon = self._soon
         if soon or self._ending:
             events = self._selector.select(0)
+        elif self._linger_s and (events := self._look_again()):
+            pass
         else:
             if self._heap:
                 due = self.next_timer()
@@ -468,6 +500,7 @@ class Reactor:
             finally:
                 self._asleep = 0
         self._now = now = self._clock()
+        self._linger_s = 0.0
         self._in_turn = True
         try:
             soon_count = len(soon)

@@ -26,6 +26,9 @@ _DRAIN_LOOK_S: Final = 0.02
 
 _log = logging.getLogger("evbus.server")
 
+#: What counts as little for `linger_s`: a message or two.
+LINGER_BYTES = 2048
+
 #: Reasons after which the peer can still read a GoAway, as its socket works and is not hopelessly full.
 _TELL: Final = frozenset(
     {
@@ -80,6 +83,9 @@ class _Connection:
                 self.end(CloseReason.CLIENT_CLOSED)
                 return
             if got > 0:
+                if core.linger_s:
+                    # Little was read: somebody may wait for what comes of it, and go on at once. Much: the next is far.
+                    core.reactor.linger(core.linger_s if got <= LINGER_BYTES else 0.0)
                 peer.heard_at = core.set_time()
                 self.receive()
         if mask & EVENT_WRITE and self.peer.link.is_blocked:
@@ -122,6 +128,7 @@ class ServerCore:
         reactor: the loop.
         limits: what peers are granted.
         wall_ms: the wall clock in Unix milliseconds, for packet headers.
+        linger_s: how long to go on looking for more after little was read, before the thread sleeps; 0: not at all.
         log: where state changes are reported.
     """
 
@@ -131,10 +138,12 @@ class ServerCore:
         limits: Limits,
         *,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        linger_s: float = 0.0,
         log: logging.Logger = _log,
     ) -> None:
         self.reactor = reactor
         self.wall_ms = wall_ms
+        self.linger_s = linger_s
         self.broker = Broker(limits, now=reactor.now(), unix_ms=wall_ms(), log=log)
         self.on_room: Callable[[], object] = lambda: None
         self._flush_queued = False

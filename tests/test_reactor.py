@@ -832,3 +832,71 @@ def test_the_injected_selector_and_waker_are_closed(spy):
     Reactor(selector=spy, wakeup=waker).close()
     assert waker.fileno() == -1
     assert spy.get_map() is None
+
+
+# ---- lingering -------------------------------------------------------------------------------------------------------
+
+
+class TestLingering:
+    """Looking again before sleeping, where something is expected at once."""
+
+    def setup_method(self) -> None:
+        self.clock, self.selector = Clock(), SpySelector()
+        self.selector.during = self.tick
+        self.reactor = Reactor(selector=self.selector, clock=self.clock, wakeup=NoWaker())
+        self.at = 0
+
+    def tick(self) -> None:
+        self.clock.now += 1e-6
+
+    def turn(self) -> list[float | None]:
+        """Linger in a turn that finds nothing; what the selector was asked."""
+        self.selector.timeouts.clear()
+        self.reactor.linger(5e-6)
+        self.reactor.run_once(0.25)
+        return list(self.selector.timeouts)
+
+    def test_in_vain_it_sleeps_after_the_time(self) -> None:
+        assert self.turn() == [0, 0, 0, 0, 0, 0.25]
+
+    def test_it_is_for_one_wait(self) -> None:
+        self.turn()
+        self.selector.timeouts.clear()
+        self.reactor.run_once(0.25)
+        assert self.selector.timeouts == [0.25]
+
+    def test_what_comes_meanwhile_is_taken_without_sleeping(self) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            got: list[int] = []
+            self.reactor.register(ours, EVENT_READ, got.append)
+
+            def tick() -> None:
+                self.tick()
+                if len(self.selector.timeouts) == 3:
+                    theirs.send(b"x")
+
+            self.selector.during = tick
+            self.reactor.linger(5e-6)
+            self.reactor.run_once(0.25)
+            assert got == [EVENT_READ]
+            assert self.selector.timeouts == [0, 0, 0]
+            self.reactor.unregister(ours)
+
+    def test_it_is_given_up_for_a_while(self) -> None:
+        for _ in range(8):
+            assert len(self.turn()) == 6
+        lingered = [turn for turn in range(300) if len(self.turn()) > 1]
+        assert lingered == [63, 127, 191, 255]
+
+    def test_a_call_from_another_thread_is_not_kept_waiting(self) -> None:
+        called: list[int] = []
+
+        def tick() -> None:
+            self.tick()
+            if not called and len(self.selector.timeouts) == 2:
+                self.reactor.call_threadsafe(lambda: called.append(1))
+
+        self.selector.during = tick
+        assert self.turn() == [0, 0, 0]  # the last one instead of the sleep
+        assert called == [1]
