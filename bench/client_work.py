@@ -291,7 +291,8 @@ class RedisPy:
     def receive(self, port: int, count: int) -> dict[str, Any]:
         import redis
 
-        subscription = redis.Redis(port=port).pubsub()
+        client: Any = redis.Redis(port=port)
+        subscription = client.pubsub()
         subscription.subscribe(SUBJECT)
         subscription.get_message(timeout=5)
         over: list[bool] = []
