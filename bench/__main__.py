@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench.document import markdown
 from bench.errors import BenchError
-from bench.everything import PARTS, collect, failures, write
+from bench.everything import PARTS, collect, failures, keep_others, write
 from bench.machine import facts
 from bench.peers import PEERS
 from bench.plan import default_workloads, parse_shapes, parse_sizes, workloads
@@ -50,7 +50,11 @@ def _parser() -> argparse.ArgumentParser:
         part.add_argument("--quick", action="store_true", help="fewer and smaller runs: a look, not a figure")
         if name == "report":
             part.add_argument("--into", type=Path, default=Path("bench/results"), metavar="DIRECTORY")
-            part.add_argument("--parts", default=",".join(PARTS), help="of %(default)s (default: all)")
+            part.add_argument(
+                "--parts",
+                default=",".join(PARTS),
+                help="of %(default)s (default: all); the others stay as they are there",
+            )
         else:
             part.add_argument("--json", action="store_true", help="the figures as one JSON object instead of tables")
     return parser
@@ -67,6 +71,7 @@ def _part(options: argparse.Namespace) -> int:
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     if options.command == "report":
+        keep_others(data, parts, options.into)
         for path in write(data, options.into):
             print(path)
     else:

@@ -16,7 +16,7 @@ from bench.plan import Workload, default_workloads
 from bench.scale import scale
 from bench.throughput import available, measure
 
-__all__ = ["PARTS", "collect", "failures", "write"]
+__all__ = ["PARTS", "collect", "failures", "keep_others", "write"]
 
 PARTS = ("throughput", "scale", "latency", "clients")
 _PEERS = ("relay", "nats", "redis", "evbus")
@@ -79,6 +79,23 @@ def collect(parts: list[str], *, quick: bool, rounds: int | None, progress: Call
         for works in clients(list(libraries), rounds=rounds, messages=count, progress=progress):
             data["clients"] += [work.to_json() for work in works]
     return data
+
+
+def keep_others(data: dict[str, Any], parts: list[str], directory: Path) -> None:
+    """Take the parts that were not run from the report that is there, if it is of the same machine and versions.
+
+    Raises:
+        BenchError: it is of others, so that one report would mix what cannot be compared.
+    """
+    there = directory / "results.json"
+    if set(parts) == set(PARTS) or not there.exists():
+        return
+    before = json.loads(there.read_text(encoding="utf-8"))
+    same = ("machine", "versions", "quick", "rounds")
+    differing = [key for key in same if before[key] != data[key]]
+    if differing:
+        raise BenchError(f"{directory} holds a report with other {', '.join(differing)}; use another --into")
+    data.update({part: before[part] for part in PARTS if part not in parts})
 
 
 def write(data: dict[str, Any], directory: Path) -> list[Path]:

@@ -304,6 +304,17 @@ def test_a_peer_that_failed_has_no_figure() -> None:
     assert everything.failures(data) == ["throughput: nats: subscriber 0 received message 2 where 1 was due"]
 
 
+def test_one_part_again_keeps_the_others_of_the_same_machine_only(tmp_path: Path) -> None:
+    everything.write(DATA, tmp_path)
+    again = {**copy.deepcopy(DATA), **{part: [] for part in everything.PARTS}}
+    again["latency"] = [{**DATA["latency"][0], "per_s": 2000}]
+    everything.keep_others(again, ["latency"], tmp_path)
+    assert again == {**DATA, "latency": again["latency"]}
+    again["versions"] = {"evbus": "evbus 2"}
+    with pytest.raises(BenchError, match="a report with other versions"):
+        everything.keep_others(again, ["latency"], tmp_path)
+
+
 def test_a_report_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BenchError, match="cannot write the report"):
