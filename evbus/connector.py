@@ -131,8 +131,9 @@ class Connector(Generic[S]):
         return self.core.close()
 
     def _wait(self, notify: Notify) -> Waiter:
-        waiter = self._session.correlation.waiter("connect", notify=notify)
-        self._waiters.append(waiter)
+        waiter = self._session.correlation.waiter("connect", self._session.address, notify)
+        # Without those whose time was up: a search may last for days, and somebody may ask every second.
+        self._waiters = [*(other for other in self._waiters if not other.done), waiter]
         return waiter
 
     def _tell(self, error: BaseException | None) -> None:
@@ -242,7 +243,8 @@ class Connector(Generic[S]):
         self._errors.append(error)
         if self._session.is_reconnecting:
             _log.info("cannot reconnect to %s: %s", self._session.address, one_line(_reason(error)))
-        if self._left() > 0 and isinstance(error, EvbusError):
+        # Of an attempt to get back, even what nobody foresaw (no thread, no memory) is not the end.
+        if self._left() > 0 and (isinstance(error, EvbusError) or self._session.is_reconnecting):
             self._index += 1
             if self._index < len(self._servers):
                 self._try()

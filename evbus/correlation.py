@@ -221,5 +221,5 @@ def _timed_out(waiter: Waiter, timeout: float) -> EvbusError:
     if waiter.action == "query":
         return QueryTimeoutError(waiter.subject, timeout)
     if waiter.action == "connect":
-        return ConnectError("the server", f"no answer within {timeout:g} s")
+        return ConnectError(waiter.subject, f"no answer within {timeout:g} s")
     return ConfirmTimeoutError(waiter.subject, timeout)

@@ -307,6 +307,26 @@ class TestReconnecting:
         setting.answers.clear()
         setting.up()
 
+    def test_an_attempt_that_fails_in_an_unforeseen_way_is_not_the_last(self) -> None:
+        setting = Setting(reconnect=Reconnect()).up()
+        setting.answers["one"] = RuntimeError("can't start new thread")
+        setting.lose()
+        setting.until(lambda: len(setting.dialled) == 4)
+        assert setting.session.status is ConnectStatus.RECONNECTING
+        del setting.answers["one"]
+        setting.until(lambda: setting.session.is_ready)
+
+    def test_those_who_waited_in_vain_are_not_kept(self) -> None:
+        setting = Setting(reconnect=Reconnect()).up()
+        setting.answers["one"] = refused("one")
+        setting.lose()
+        for _ in range(100):
+            waiter = setting.connector.expect(lambda: None)
+            assert waiter is not None
+            setting.session.correlation.expire(waiter, 0.1)
+            assert "one: no answer within 0.1 s" in str(outcome(waiter))
+        assert len(setting.connector._waiters) == 1
+
     def test_a_round_tries_each_server_at_once_and_in_order(self) -> None:
         setting = Setting("one", "two", reconnect=Reconnect()).up()
         setting.answers["one"] = refused("one")
